@@ -1,0 +1,54 @@
+"""The route table: what the scheduler publishes and the gateways read. Pure data.
+
+Served by the scheduler on its control socket (``GET /routes?after=VERSION&wait=SECONDS`` is a watch) and mirrored to
+``<state_dir>/routes.json``, so that a gateway that starts while the scheduler is away still knows its way.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.runners.spec import Category
+
+ReplicaState = Literal[
+    "planned", "preparing", "starting", "warming", "ready", "asleep", "draining", "stopped", "failed", "backoff"
+]
+
+
+class Replica(BaseModel):
+    """One warm place where requests may go."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: str
+    socket: str | None = Field(default=None, description="Unix socket path; exactly one of socket and url is set.")
+    url: str | None = Field(default=None, description="http://host:port of a runner on another machine.")
+
+
+class ModelRoute(BaseModel):
+    """What a gateway needs to know of one served model."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: str
+    aliases: list[str] = []
+    category: Category
+    owned_by: str = "hearth"
+    created: int = 0
+    context_length: int | None = None
+    capabilities: list[str] = []
+    fim_template: str | None = None
+    fim_stop: list[str] = []
+    state: ReplicaState = "planned"
+    reason: str = Field(default="", description="Why it is not ready, for a person.")
+    eta_s: float | None = Field(default=None, description="Roughly how long until ready, seconds, as of `at`.")
+    at: float = Field(default=0.0, description="Unix time of this row.")
+    replicas: list[Replica] = Field(default_factory=list, description="Ready replicas only.")
+
+
+class RouteTable(BaseModel):
+    """All served models, and a version that grows with every change."""
+
+    model_config = ConfigDict(extra="ignore")
+    version: int = 0
+    models: list[ModelRoute] = []
