@@ -1,0 +1,44 @@
+"""Batches of fresh scenes: the same step number always gives the same batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.tiny.vision.drawing import PatchLabels, draw, label_patches, to_pixels
+from models.tiny.vision.scenes import Scene, sample_scene
+
+TRAINING_SEED = 20240
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Pictures (batch, IMAGE_SIZE, IMAGE_SIZE, 3), 0..255, and patch labels (batch, 4, patches)."""
+
+    scenes: list[Scene]
+    pixels: Tensor
+    labels: Tensor
+
+
+def step_rng(stage: str, step: int) -> np.random.Generator:
+    """The random numbers of one training step."""
+    return np.random.default_rng([TRAINING_SEED, len(stage), step])
+
+
+def draw_batch(rng: np.random.Generator, size: int) -> Sight:
+    """So many random scenes, drawn and labelled."""
+    scenes = [sample_scene(rng) for _ in range(size)]
+    pixels = np.stack([to_pixels(draw(scene, rng)) for scene in scenes])
+    labels = np.stack([_stack(label_patches(scene)) for scene in scenes])
+    return Sight(scenes, torch.from_numpy(pixels), torch.from_numpy(labels))
+
+
+def _stack(labels: PatchLabels) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    background = np.full_like(labels.shape, labels.background)
+    stacked: np.ndarray[tuple[int, int], np.dtype[np.int64]] = np.stack(
+        [labels.shape, labels.colour, labels.centre, background]
+    )
+    return stacked

@@ -1,0 +1,155 @@
+"""Trains the model: `python -m models.tiny.vision.train --minutes 60 [--resume]`.
+
+Two stages. "see": the vision tower alone learns what each patch shows. "answer": the whole model learns to answer,
+while the patches are still asked about. Each step draws its own scenes from its number, so a resumed run sees what an
+unbroken one would have seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
+
+from models.tiny.vision.architecture import PatchReader, build_model, patch_features, to_input
+from models.tiny.vision.batches import draw_batch, step_rng
+from models.tiny.vision.optimizer import Optimizer
+
+DEFAULT_FOLDER = Path("var/train-vision")
+SEE_BATCH = 64
+ANSWER_BATCH = 24
+_SAVE_SECONDS = 120.0
+_WARM_UP = 100
+_SEE_RATE = 2e-3
+_ANSWER_RATE = 2e-3
+# The part of the answer stage over which its learning rate falls to nothing.
+_COOL_DOWN = 0.4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps each stage takes, and for how many seconds this call may run."""
+
+    see_steps: int
+    answer_steps: int
+    seconds: float
+    folder: Path
+
+
+@dataclass
+class Training:
+    """The network, its optimizer and how far it has come."""
+
+    model: Any = field(default_factory=build_model)
+    reader: PatchReader = field(default_factory=PatchReader)
+    see_step: int = 0
+    answer_step: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        named = [*self.model.named_parameters(), *self.reader.named_parameters(prefix="reader")]
+        # The tower's last norm is part of CLIP but not on LLaVA's path.
+        self.optimizer = Optimizer((n, p) for n, p in named if "post_layernorm" not in n)
+
+    def save(self, file: Path) -> None:
+        """Writes a checkpoint; an older one stays whole until the new one is."""
+        state = {
+            "model": self.model.state_dict(),
+            "reader": self.reader.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": (self.see_step, self.answer_step, self.seconds),
+        }
+        fresh = file.with_suffix(".new")
+        torch.save(state, fresh)
+        fresh.replace(file)
+
+    def load(self, file: Path) -> None:
+        """Takes up the checkpoint that `save` wrote."""
+        state = torch.load(file, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.reader.load_state_dict(state["reader"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.see_step, self.answer_step, self.seconds = state["progress"]
+
+
+def see_step(training: Training) -> float:
+    """One step of the first stage; the loss."""
+    sight = draw_batch(step_rng("see", training.see_step), SEE_BATCH)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = training.reader(patch_features(training.model, to_input(sight.pixels)), sight.labels)
+    loss.backward()
+    training.optimizer.step(_SEE_RATE * min(1.0, (training.see_step + 1) / _WARM_UP))
+    training.see_step += 1
+    return float(loss.detach())
+
+
+def answer_rate(step: int, steps: int) -> float:
+    """The learning rate of a step of the answer stage: warm-up, plateau, straight down to zero."""
+    left = (steps - step) / (steps * _COOL_DOWN)
+    return _ANSWER_RATE * min(1.0, (step + 1) / _WARM_UP, max(left, 0.0))
+
+
+def train(plan: Plan, training: Training) -> None:
+    """Goes through both stages, or as far as the time allows, saving as it goes."""
+    from models.tiny.vision.lessons import Teacher, answer_step
+
+    checkpoint = plan.folder / "checkpoint.pt"
+    began = saved = time.monotonic()
+    losses: dict[str, float] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), refresh_per_second=0.2) as progress:
+        see = progress.add_task("see", total=plan.see_steps, completed=training.see_step, note="")
+        answer = progress.add_task("answer", total=plan.answer_steps, completed=training.answer_step, note="")
+        teacher: Teacher | None = None
+        while training.answer_step < plan.answer_steps and time.monotonic() - began < plan.seconds:
+            tick = time.monotonic()
+            if training.see_step < plan.see_steps:
+                fresh = {"sight": see_step(training)}
+                task, done = see, training.see_step
+            else:
+                teacher = teacher or Teacher()
+                rate = answer_rate(training.answer_step, plan.answer_steps)
+                fresh = answer_step(training, teacher, ANSWER_BATCH, rate)
+                task, done = answer, training.answer_step
+            training.seconds += time.monotonic() - tick
+            losses = {name: 0.97 * losses.get(name, value) + 0.03 * value for name, value in fresh.items()}
+            note = "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
+            progress.update(task, completed=done, note=note)
+            if done % 50 == 0:
+                progress.console.print(
+                    f"{progress.tasks[task].description} {done}  {note}  {training.seconds:.0f} s"
+                )
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                training.save(checkpoint)
+                saved = time.monotonic()
+    training.save(checkpoint)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=600.0, help="stop (resumably) after so long")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--see-steps", type=int, default=1500)
+    parser.add_argument("--answer-steps", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    training = Training()
+    if args.resume:
+        training.load(args.folder / "checkpoint.pt")
+    nn.Module.train(training.model)
+    train(Plan(args.see_steps, args.answer_steps, 60 * args.minutes, args.folder), training)
+
+
+if __name__ == "__main__":
+    main()
