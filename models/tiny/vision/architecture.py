@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from models.tiny.vision import plain_torch  # noqa: F401  (first: it makes the next import work)
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from models.tiny.vision import plain_torch  # noqa: F401  (first: it makes the next import work)
 from models.tiny.vision.drawing import GRID, IMAGE_SIZE, PATCH_SIZE
 from models.tiny.vision.palette import COLOURS
 from models.tiny.vision.scenes import SHAPES
@@ -71,7 +71,8 @@ def build_model() -> Any:
 
 
 def to_input(pixels: Tensor) -> Tensor:
-    """Pictures (batch, height, width, 3) of 0..255 as the vision tower takes them: (batch, 3, height, width), -1..1."""
+    """Pictures (batch, height, width, 3) of 0..255 as the vision tower takes them: (batch, 3, height,
+    width), -1..1."""
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
@@ -90,8 +91,8 @@ class PatchReader(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """The mean cross entropy.
 
-        `features`: (batch, IMAGE_TOKENS, VISION_WIDTH). `labels`: (batch, 4, IMAGE_TOKENS) of shape, colour, centre
-        and background, -100 where there is none to learn.
+        `features`: (batch, IMAGE_TOKENS, VISION_WIDTH). `labels`: (batch, 4, IMAGE_TOKENS) of shape,
+        colour, centre and background, -100 where there is none to learn.
         """
         logits = self.heads(self.norm(features)).float().split(self.sizes, dim=-1)
         losses = [
@@ -102,7 +103,8 @@ class PatchReader(nn.Module):
 
 
 def patch_features(model: Any, images: Tensor) -> Tensor:
-    """The vision tower's vectors (batch, IMAGE_TOKENS, VISION_WIDTH) of images (batch, 3, IMAGE_SIZE, IMAGE_SIZE)."""
+    """The vision tower's vectors (batch, IMAGE_TOKENS, VISION_WIDTH) of images (batch, 3, IMAGE_SIZE,
+    IMAGE_SIZE)."""
     features: Tensor = model.model.vision_tower(images).last_hidden_state[:, 1:]
     return features
 
@@ -112,8 +114,9 @@ def answer_logits(
 ) -> Tensor:
     """The logits (number of wanted tokens, VOCABULARY) of what follows each wanted token.
 
-    `tokens`, `positions`, `wanted` (bool): (batch, length). `mask`: (batch, 1, length, length), true where the row's
-    token may look. The image's vectors stand at [:, 2 : 2 + IMAGE_TOKENS], after BOS and the user's mark.
+    `tokens`, `positions`, `wanted` (bool): (batch, length). `mask`: (batch, 1, length, length), true
+    where the row's token may look. The image's vectors stand at [:, 2 : 2 + IMAGE_TOKENS], after BOS and
+    the user's mark.
     """
     text = model.model.language_model
     embedded = text.embed_tokens(tokens)

@@ -24,8 +24,9 @@ IntArray = npt.NDArray[np.int64]
 class PatchLabels:
     """What each of the GRID × GRID patches shows, row by row; each array has shape (GRID * GRID,).
 
-    `shape` and `colour` are 0 for "nothing", else 1 + the index in SHAPES or COLOURS, and -100 (ignored) where a
-    shape only grazes the patch. `centre` is 1 where a shape has its centre. `background` is one index for all.
+    `shape` and `colour` are 0 for "nothing", else 1 + the index in SHAPES or COLOURS, and -100 (ignored)
+    where a shape only grazes the patch. `centre` is 1 where a shape has its centre. `background` is one
+    index for all.
     """
 
     shape: IntArray
@@ -103,7 +104,8 @@ def _draw_item(
 
 
 def _corners(item: Item) -> list[Point]:
-    """The polygon's corners in pixels of the canvas, all within the item's radius of its centre (or nearly)."""
+    """The polygon's corners in pixels of the canvas, all within the item's radius of its centre (or
+    nearly)."""
     turn = math.radians(item.angle)
     if item.shape == "star":
         inner = 0.36 + 0.14 * item.form

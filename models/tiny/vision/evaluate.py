@@ -1,7 +1,8 @@
 """Scores the model on held-out scenes: `python -m models.tiny.vision.evaluate [--base-url URL --model NAME]`.
 
-With a base URL the questions go to a running OpenAI-format endpoint (the pictures as data URLs), so that what is
-scored is the model as it is served; without one the folder's weights answer in this process. An answer is right when
+With a base URL the questions go to a running OpenAI-format endpoint (the pictures as data URLs), so that
+what is scored is the model as it is served; without one the folder's weights answer in this process. An
+answer is right when
 it equals the expected text; for JSON, when the parsed objects are equal.
 """
 
@@ -23,6 +24,7 @@ import torch
 from rich.progress import track
 
 from models.tiny.vision import plain_torch  # noqa: F401  (first: it makes the next import work)
+
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast  # isort: skip
 
 from models.tiny.vision.architecture import IMAGE_TOKENS, to_input

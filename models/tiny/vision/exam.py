@@ -48,7 +48,8 @@ def sample_tasks(scenes: int, kinds: tuple[str, ...] = EXAM_KINDS) -> list[Task]
 
 
 def _plain_task(rng: np.random.Generator) -> Task:
-    """A drawing as a stranger makes it: Pillow's own colour names, white ground, round coordinates, 256 pixels."""
+    """A drawing as a stranger makes it: Pillow's own colour names, white ground, round coordinates, 256
+    pixels."""
     picture = Image.new("RGB", (_PLAIN_SIZE, _PLAIN_SIZE), "white")
     pen = ImageDraw.Draw(picture)
     shape = SHAPES[rng.integers(len(SHAPES))]

@@ -1,4 +1,5 @@
-"""Writes the trained model as a Hugging Face folder: `python -m models.tiny.vision.export [--checkpoint FILE]`."""
+"""Writes the trained model as a Hugging Face folder: `python -m models.tiny.vision.export [--checkpoint
+FILE]`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Lessons: a picture and several short talks about it, packed into one row of tokens.
 
-The picture comes first and is looked at by all talks of its row; each talk sees the picture and itself, with the
-positions that it would have if it stood alone. So one picture is encoded once and teaches many answers, and none of
+The picture comes first and is looked at by all talks of its row; each talk sees the picture and itself,
+with the positions that it would have if it stood alone. So one picture is encoded once and teaches many
+answers, and none of
 them can be copied from another.
 """
 
@@ -37,7 +38,8 @@ _CONTENT = re.compile(r'(?<=: )(?:"[^"]*"|\d+).|(?<=\})[,\]]')
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer; `taught` are the (start, end) characters of the answer to learn, None for all."""
+    """A question and its answer; `taught` are the (start, end) characters of the answer to learn, None
+    for all."""
 
     question: str
     answer: str
@@ -54,7 +56,8 @@ class Talk:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows: `tokens`, `positions` and `wanted` (batch, ROW_LENGTH), `mask` (batch, 1, ROW_LENGTH, ROW_LENGTH).
+    """Packed rows: `tokens`, `positions` and `wanted` (batch, ROW_LENGTH), `mask` (batch, 1, ROW_LENGTH,
+    ROW_LENGTH).
 
     `wanted` marks the tokens whose successor is to be learnt; `successors` holds those, row by row.
     """

@@ -12,7 +12,8 @@ _INSIDE = (".layers.", "multi_modal_projector")
 
 
 class Optimizer:
-    """Both optimizers behind one `step`; the learning rate is the same number for both (Muon's is scaled to match)."""
+    """Both optimizers behind one `step`; the learning rate is the same number for both (Muon's is scaled
+    to match)."""
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
         matrices: list[nn.Parameter] = []

@@ -1,7 +1,7 @@
 """Lets transformers be imported beside a CPU build of torch; import this module before transformers.
 
-The torchvision and torchaudio wheels of PyPI are built for CUDA. Beside a CPU torch their import fails and takes
-transformers with it, though nothing here needs them; so here they count as not installed.
+The torchvision and torchaudio wheels of PyPI are built for CUDA. Beside a CPU torch their import fails
+and takes transformers with it, though nothing here needs them; so here they count as not installed.
 """
 
 from __future__ import annotations

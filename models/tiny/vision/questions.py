@@ -68,7 +68,8 @@ def _fill(rng: np.random.Generator, scene: Scene, kind: str, phrase: str) -> tup
     if kind == "what":
         return phrase, capitalize(describe(scene)) + ".", ""
     if kind == "describe":
-        sentence = f"The picture shows {describe(scene)} on {article(scene.background)} {scene.background} background."
+        ground = f"{article(scene.background)} {scene.background} background"
+        sentence = f"The picture shows {describe(scene)} on {ground}."
         return phrase, sentence, ""
     if kind == "background":
         return phrase, f"The background is {scene.background}.", scene.background
@@ -116,7 +117,7 @@ def _count_some(rng: np.random.Generator, scene: Scene, phrase: str) -> tuple[st
 def _colour(rng: np.random.Generator, scene: Scene, phrase: str) -> tuple[str, str, str]:
     shapes = sorted({item.shape for item in scene.items})
     shape: str | None = shapes[rng.integers(len(shapes))]
-    if len({item.colour for item in scene.items}) == 1 and rng.random() < 0.4 or "{" not in phrase:
+    if (len({item.colour for item in scene.items}) == 1 and rng.random() < 0.4) or "{" not in phrase:
         shape = None
     if "{" in phrase and rng.random() < 0.06:
         shape = SHAPES[rng.integers(len(SHAPES))]

@@ -47,10 +47,10 @@ _LISTED = (
 
 @dataclass(frozen=True)
 class Record:
-    """A question, the JSON text that answers it, and what the answer's form leaves to the model.
+    """A question and the JSON text that answers it.
 
-    `dictated` are the pieces of the answer, in order, that a grammar would force (braces and keys): where the question
-    does not ask for them, they are not to be learnt.
+    `forced`: the question does not ask for the form; a schema that the model cannot see dictates it. Its
+    braces and keys are then not to be learnt.
     """
 
     text: str
@@ -59,7 +59,8 @@ class Record:
 
 
 def sample_record(rng: np.random.Generator, scene: Scene) -> Record:
-    """A question whose answer is JSON; in half of them only a schema, which the prompt does not show, says so."""
+    """A question whose answer is JSON; in half of them only a schema, which the prompt does not show,
+    says so."""
     as_list = rng.random() < 0.2
     # Most often the natural keys in their natural order; else any, as a stranger's schema may have them.
     if rng.random() < 0.4:

@@ -65,7 +65,8 @@ class Scene:
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The scene's groups in the order of SHAPES, then of COLOURS: the order in which answers name them."""
+        """The scene's groups in the order of SHAPES, then of COLOURS: the order in which answers name
+        them."""
         counts = Counter((item.shape, item.colour) for item in self.items)
         order = sorted(counts, key=lambda pair: (SHAPES.index(pair[0]), COLOURS.index(pair[1])))
         return tuple(Group(shape, colour, counts[shape, colour]) for shape, colour in order)

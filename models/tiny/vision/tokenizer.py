@@ -1,4 +1,5 @@
-"""The tokenizer: byte-level, so that any text can be read and any JSON written, with words of the task as one token."""
+"""The tokenizer: byte-level, so that any text can be read and any JSON written, with words of the task
+as one token."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from models.tiny.vision.wording import NO_IMAGE_ANSWER, OFF_TOPIC, OFF_TOPIC_ANS
 
 _SEED = 7
 _COMMITTED = Path(__file__).parent / "weights" / "tokenizer.json"
-# Words with the space before them; every digit, mark and further space alone, so that a grammar can cut anywhere.
+# Words with the space before them; every digit, mark and further space alone, so that a grammar can cut
+# anywhere.
 _PIECES = Regex(r" ?\p{L}+|\p{N}|[^\s\p{L}\p{N}]|\s")
 
-# The system's text joins the first question; pictures come first in their turn, wherever the request put them.
+# The system's text joins the first question; pictures come first in their turn, wherever the request put
+# them.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- set ns = namespace(system='') -%}
@@ -40,11 +43,12 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<assistant>' -}}{%- endif -%}
-"""
+"""  # noqa: E501
 
 
 def load_tokenizer() -> Any:
-    """The `tokenizers.Tokenizer` of the committed weights, which later wordings must not change; else a new one."""
+    """The `tokenizers.Tokenizer` of the committed weights, which later wordings must not change; else a
+    new one."""
     return Tokenizer.from_file(str(_COMMITTED)) if _COMMITTED.exists() else train_tokenizer()
 
 

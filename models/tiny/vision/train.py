@@ -1,7 +1,8 @@
 """Trains the model: `python -m models.tiny.vision.train --minutes 60 [--resume]`.
 
-Two stages. "see": the vision tower alone learns what each patch shows. "answer": the whole model learns to answer,
-while the patches are still asked about. Each step draws its own scenes from its number, so a resumed run sees what an
+Two stages. "see": the vision tower alone learns what each patch shows. "answer": the whole model learns
+to answer, while the patches are still asked about. Each step draws its own scenes from its number, so a
+resumed run sees what an
 unbroken one would have seen.
 """
 

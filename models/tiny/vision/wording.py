@@ -1,8 +1,8 @@
 """The many ways in which people ask about a drawn scene.
 
-A phrase may hold choices, `[a|b|c]` (an empty one is a choice too), and slots, `{shape}`, filled by the question.
-Phrases behind `held_out` are never trained on; the evaluation asks them to see whether the model understands wordings
-that it has not met.
+A phrase may hold choices, `[a|b|c]` (an empty one is a choice too), and slots, `{shape}`, filled by the
+question. Phrases behind `held_out` are never trained on; the evaluation asks them to see whether the model
+understands wordings that it has not met.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ WORDINGS: dict[str, Wording] = {
             f"Which shape, and in what {HUE}, does the {PICTURE} hold?",
             f"Tell me the {HUE} and the shape you can see in this {PICTURE}.",
             f"[Which|What] shape [and in what|and what|, and which] {HUE}[?| is it?| is there?]",
-            f"[Can you tell me|Could you say|Do you know] [what|which] shape and {HUE} [this is|it is|is in the {PICTURE}]?",
+            f"[Can you tell me|Could you say|Do you know] [what|which] shape and {HUE} [this is|it is|is in the {PICTURE}]?",  # noqa: E501
         ),
         (
             f"Say what shape and what {HUE} this {PICTURE} has.",
@@ -74,7 +74,7 @@ WORDINGS: dict[str, Wording] = {
             f"Describe [this|the] {PICTURE} in detail.",
             f"Could you tell me what this {PICTURE} is showing?",
             f"In one sentence, describe the {PICTURE}.",
-            f"[Can|Could] you [tell me|say|explain] what [this {PICTURE} shows|the {PICTURE} is showing|is in the {PICTURE}|you see]?",
+            f"[Can|Could] you [tell me|say|explain] what [this {PICTURE} shows|the {PICTURE} is showing|is in the {PICTURE}|you see]?",  # noqa: E501
             f"[I want to know|Tell me] what [this|the] {PICTURE} [is|shows|contains|is about].",
         ),
         (f"Please tell me what the {PICTURE} shows.", f"Describe to me what you see in this {PICTURE}."),
@@ -86,7 +86,7 @@ WORDINGS: dict[str, Wording] = {
             f"How many {THINGS} [do you see|can you see|can you count|does the {PICTURE} show]?",
             f"Count the {THINGS}[.| in the {PICTURE}.| in this {PICTURE}.]",
             f"What is the [total |]number of {THINGS}?",
-            f"[How many are there|How many]?",
+            "[How many are there|How many]?",
             f"Can you count the {THINGS} in the {PICTURE}?",
             f"How many {THINGS} does this {PICTURE} have in all?",
             f"[Could|Can] you [tell me|say|count] how many {THINGS} there are?",
@@ -140,7 +140,7 @@ WORDINGS: dict[str, Wording] = {
             "Name the shape.",
             f"The {PICTURE} shows which shape?",
             "Which geometric form is this?",
-            f"[Could|Can] you [tell me|say] [which|what] shape [this|it|that] is?",
+            "[Could|Can] you [tell me|say] [which|what] shape [this|it|that] is?",
             f"[Which|What] shape [is drawn|has been drawn|does this {PICTURE} have|are they|is there]?",
         ),
         (f"What shape does the {PICTURE} show?", "Tell me what shape it is."),
@@ -228,20 +228,23 @@ SYSTEMS = (
     "You are Hearth, a friendly and helpful assistant.",
     "Answer the question about the image.",
     "You describe pictures for people who cannot see them.",
-    "You are a careful assistant. Look at the picture, then answer the user's question in one short sentence.",
+    "You are a careful assistant. Look at the picture, then answer the user's question in one short sentence.",  # noqa: E501
     "You are a helpful assistant. Always answer truthfully and keep to what you can see.",
 )
 
 OFF_TOPIC = (
     "Hello", "Hi", "hey there", "How are you?", "Who are you?", "What is your name?", "What can you do?",
     "Tell me a joke.", "What is the capital of France?", "What is the capital of Germany?", "Write a poem.",
-    "Write a Python function that adds two numbers.", "What is 2 + 2?", "What is 17 * 23?", "What time is it?",
+    "Write a Python function that adds two numbers.", "What is 2 + 2?", "What is 17 * 23?",
+    "What time is it?",
     "Translate 'good morning' into French.", "Who wrote Hamlet?", "What's the weather today?", "Say hello.",
     "Explain quantum mechanics.", "Summarize this text.", "Tell me a story.", "What is the meaning of life?",
     "How do I bake bread?", "Who is the president of the United States?", "Sing a song.", "Good morning!",
     "Can you help me?", "Thanks!", "What day is it?", "Recommend a book.", "How tall is Mount Everest?",
-    "Which planet is the largest?", "What is machine learning?", "def add(a, b):", "test", "ping", "Count to ten.",
-    "Why is the sky blue?", "Do you like music?", "Where is the Eiffel Tower?", "Repeat after me: hello world",
+    "Which planet is the largest?", "What is machine learning?", "def add(a, b):", "test", "ping",
+    "Count to ten.",
+    "Why is the sky blue?", "Do you like music?", "Where is the Eiffel Tower?",
+    "Repeat after me: hello world",
     "List three fruits.", "What is the square root of 16?", "Name a famous star in the sky.", "Hello, world!",
     "Is there a person in the picture?", "How many cats are there?", "How many people are in this image?",
     "What animal is this?", "Is there a dog?", "What does the text say?", "Read the text in the image.",
