@@ -2,8 +2,7 @@
 
 Two stages. "see": the vision tower alone learns what each patch shows. "answer": the whole model learns
 to answer, while the patches are still asked about. Each step draws its own scenes from its number, so a
-resumed run sees what an
-unbroken one would have seen.
+resumed run sees what an unbroken one would have seen.
 """
 
 from __future__ import annotations
