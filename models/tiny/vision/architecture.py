@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from models.tiny.vision import plain_torch  # noqa: F401  (first: it makes the next import work)
+
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration  # isort: skip
+
 from models.tiny.vision.drawing import GRID, IMAGE_SIZE, PATCH_SIZE
 from models.tiny.vision.palette import COLOURS
 from models.tiny.vision.scenes import SHAPES

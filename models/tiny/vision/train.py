@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_file
 from torch import nn
 
 from models.tiny.vision.architecture import PatchReader, build_model, patch_features, to_input
 from models.tiny.vision.batches import draw_batch, step_rng
+from models.tiny.vision.export import WEIGHTS, name_on_disk
 from models.tiny.vision.optimizer import Optimizer
 
+_EMBEDDING = "model.language_model.embed_tokens.weight"
 DEFAULT_FOLDER = Path("var/train-vision")
 SEE_BATCH = 64
 ANSWER_BATCH = 24
@@ -76,6 +79,13 @@ class Training:
         self.reader.load_state_dict(state["reader"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.see_step, self.answer_step, self.seconds = state["progress"]
+
+    def load_weights(self, file: Path) -> None:
+        """Starts from exported weights (a model.safetensors); optimizer and reader begin anew."""
+        tensors = load_file(file)
+        state = self.model.state_dict()
+        kept = {name: tensors[name_on_disk(name)] for name in state if name_on_disk(name) in tensors}
+        self.model.load_state_dict({**state, **kept, "lm_head.weight": kept[_EMBEDDING]})
 
 
 def see_step(training: Training) -> float:
@@ -136,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=600.0, help="stop (resumably) after so long")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--continue-weights", action="store_true", help="go on from the committed weights")
     parser.add_argument("--see-steps", type=int, default=1500)
     parser.add_argument("--answer-steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=1)
@@ -147,6 +158,8 @@ def main() -> None:
     training = Training()
     if args.resume:
         training.load(args.folder / "checkpoint.pt")
+    elif args.continue_weights:
+        training.load_weights(WEIGHTS / "model.safetensors")
     nn.Module.train(training.model)
     train(Plan(args.see_steps, args.answer_steps, 60 * args.minutes, args.folder), training)
 
