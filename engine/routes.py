@@ -13,7 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from engine.runners.spec import Category
 
 ReplicaState = Literal[
-    "planned", "preparing", "starting", "warming", "ready", "asleep", "draining", "stopped", "failed", "backoff"
+    "planned",
+    "preparing",
+    "starting",
+    "warming",
+    "ready",
+    "asleep",
+    "draining",
+    "stopped",
+    "failed",
+    "backoff",
 ]
 
 
@@ -22,7 +31,9 @@ class Replica(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
     id: str
-    socket: str | None = Field(default=None, description="Unix socket path; exactly one of socket and url is set.")
+    socket: str | None = Field(
+        default=None, description="Unix socket path; exactly one of socket and url is set."
+    )
     url: str | None = Field(default=None, description="http://host:port of a runner on another machine.")
 
 
@@ -39,9 +50,15 @@ class ModelRoute(BaseModel):
     capabilities: list[str] = []
     fim_template: str | None = None
     fim_stop: list[str] = []
+    max_in_flight: int | None = Field(
+        default=None,
+        description="Most requests a replica takes at once, running and waiting; None = it bounds itself.",
+    )
     state: ReplicaState = "planned"
     reason: str = Field(default="", description="Why it is not ready, for a person.")
-    eta_s: float | None = Field(default=None, description="Roughly how long until ready, seconds, as of `at`.")
+    eta_s: float | None = Field(
+        default=None, description="Roughly how long until ready, seconds, as of `at`."
+    )
     at: float = Field(default=0.0, description="Unix time of this row.")
     replicas: list[Replica] = Field(default_factory=list, description="Ready replicas only.")
 

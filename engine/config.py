@@ -1,0 +1,296 @@
+"""The configuration: one typed model, every key with its unit and default.
+
+Read from ``hearth.toml`` (or the file named), then overridden by ``HEARTH_…`` environment variables: ``HEARTH_PORT``,
+``HEARTH_API_KEY``, and ``HEARTH_GATEWAY__WORKERS`` for ``workers`` of ``[gateway]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from engine.errors import nearest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_FILE = Path("hearth.toml")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the key, the reason and the next step."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GatewayConfig(_Section):
+    """The HTTP front."""
+
+    workers: int = Field(default=1, ge=1, le=64, description="Gateway processes that share the port.")
+    max_body_bytes: int = Field(
+        default=64 * 1024 * 1024,
+        ge=1024,
+        description="Largest request body, bytes; a larger one is answered 413.",
+    )
+    request_timeout_s: float = Field(
+        default=600.0, gt=0, description="Longest a request may take in all, seconds."
+    )
+    connect_timeout_s: float = Field(
+        default=5.0, gt=0, description="Longest wait for a runner's socket, seconds."
+    )
+    drain_s: float = Field(
+        default=30.0, ge=0, description="Longest a stopping gateway lets requests finish, seconds."
+    )
+    access_log: bool = Field(default=True, description="One log line a request, with its x-request-id.")
+    cors_origins: list[str] = Field(
+        default_factory=list, description="Browser origins that may call the API; empty = none, ['*'] = any."
+    )
+
+
+class FetchConfig(_Section):
+    """How the gateway fetches an `image_url` that points to the network."""
+
+    enabled: bool = Field(default=True, description="False: only data URLs are taken.")
+    allow_private: bool = Field(
+        default=False,
+        description="True: addresses that are not public (loopback, private ranges, link-local) may be fetched too.",
+    )
+    max_bytes: int = Field(
+        default=20 * 1024 * 1024, ge=1, description="Largest picture, bytes as transferred."
+    )
+    max_pixels: int = Field(
+        default=50_000_000, ge=1, description="Largest picture, pixels (decompression bombs)."
+    )
+    timeout_s: float = Field(
+        default=10.0, gt=0, description="Longest one fetch may take with its redirects, seconds."
+    )
+    max_redirects: int = Field(
+        default=3, ge=0, description="Redirects followed; each target is checked anew."
+    )
+
+
+class SchedulerConfig(_Section):
+    """How runners are started, watched and stopped."""
+
+    start_timeout_s: float = Field(default=600.0, gt=0, description="Longest from start to loaded, seconds.")
+    warm_timeout_s: float = Field(
+        default=180.0, gt=0, description="Longest a warm-up request may take, seconds."
+    )
+    health_interval_s: float = Field(
+        default=2.0, gt=0, description="Time between two health checks, seconds."
+    )
+    health_failures: int = Field(
+        default=5, ge=1, description="Health checks missed in a row before a restart."
+    )
+    backoff_first_s: float = Field(
+        default=1.0, gt=0, description="Wait before the first restart, seconds; doubles."
+    )
+    backoff_max_s: float = Field(default=60.0, gt=0, description="Longest wait between restarts, seconds.")
+    stop_timeout_s: float = Field(
+        default=15.0, gt=0, description="From SIGTERM to SIGKILL of a process group, seconds."
+    )
+    drain_s: float = Field(
+        default=30.0, ge=0, description="Longest requests in flight may take at a stop, seconds."
+    )
+    concurrent_starts: int = Field(
+        default=4, ge=1, description="Most runners that load at once on one device."
+    )
+
+
+class WeightsConfig(_Section):
+    """Where model files come from and are kept."""
+
+    dir: Path | None = Field(
+        default=None, description="Folder of prepared weights; default: <state_dir>/weights."
+    )
+    offline: bool = Field(default=False, description="True: never use the network; local folders only.")
+    hub_endpoint: str = Field(
+        default="", description="Another model hub's base URL; empty = the library's own."
+    )
+
+
+class ModelConfig(_Section):
+    """What one model changes against its profile; the table's name is the model's: [models.smollm2-135m]."""
+
+    enabled: bool = Field(default=True, description="False: a profile's model is left out.")
+    replicas: int | None = Field(default=None, ge=1, description="Processes that serve it.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of one replica.")
+    memory_bytes: int | None = Field(default=None, ge=0, description="Memory budget of one replica, bytes.")
+    context_length: int | None = Field(default=None, ge=1, description="Longest input plus output, tokens.")
+    max_batch: int | None = Field(default=None, ge=1, description="Most requests that run together.")
+    max_wait_ms: float | None = Field(
+        default=None, ge=0, description="Longest wait for company, milliseconds."
+    )
+    max_queue: int | None = Field(default=None, ge=1, description="Most requests that wait.")
+    path: Path | None = Field(
+        default=None, description="Local folder to load from, before the entry's sources."
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Engine options, over those of the catalog."
+    )
+
+
+class Config(BaseSettings):
+    """The whole configuration."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix="HEARTH_",
+        env_nested_delimiter="__",
+        nested_model_default_partial_update=True,
+    )
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; '0.0.0.0' = all.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 = any free one.")
+    profile: str = Field(
+        default="",
+        description="Profile of models/profiles/; empty = the largest that fits this machine ('tiny' without a GPU).",
+    )
+    state_dir: Path = Field(default=Path("var"), description="Folder for keys, state, logs and weights.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level logged."
+    )
+    api_key: SecretStr | None = Field(
+        default=None, description="First key, instead of having one made; better given as HEARTH_API_KEY."
+    )
+    auth: bool = Field(
+        default=True, description="False: requests need no key (only behind a proxy that checks)."
+    )
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    fetch: FetchConfig = Field(default_factory=FetchConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)
+    models: dict[str, ModelConfig] = Field(
+        default_factory=dict, description="Per-model tables, and models to add."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+    @property
+    def weights_dir(self) -> Path:
+        return (self.weights.dir or self.state_dir / "weights").expanduser().resolve()
+
+    @property
+    def log_dir(self) -> Path:
+        """One file a replica, named by its id, and `gateway-N.log`."""
+        return self.state_dir.expanduser().resolve() / "logs"
+
+    @property
+    def keys_file(self) -> Path:
+        return self.state_dir.expanduser().resolve() / "keys.json"
+
+    @property
+    def state_file(self) -> Path:
+        """What the scheduler needs to adopt processes that outlive it."""
+        return self.state_dir.expanduser().resolve() / "scheduler.json"
+
+    @property
+    def routes_file(self) -> Path:
+        return self.state_dir.expanduser().resolve() / "routes.json"
+
+    @property
+    def runtime_dir(self) -> Path:
+        """Folder of the Unix sockets (0700): short, since a socket's path may have 107 bytes at most."""
+        state = self.state_dir.expanduser().resolve()
+        name = f"hearth-{os.getuid()}-{hashlib.sha256(str(state).encode()).hexdigest()[:10]}"
+        return Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / name
+
+    @property
+    def control_socket(self) -> Path:
+        """The scheduler's own socket: GET /status, GET /routes, POST /stop."""
+        return self.runtime_dir / "control.sock"
+
+
+def load(file: Path | None = None, **overrides: Any) -> Config:
+    """Reads the configuration.
+
+    Args:
+        file: TOML file; None = ``hearth.toml`` of the working folder where there is one.
+        overrides: top-level keys that win over the file (not over the environment); None values are ignored.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, a key is unknown or a value is wrong.
+    """
+    data: dict[str, Any] = {}
+    path = file or DEFAULT_FILE
+    if file is not None and not file.exists():
+        raise ConfigError(f"{file}: no such file. Copy hearth.example.toml there, or leave --config out.")
+    if path.exists():
+        try:
+            data = tomllib.loads(path.read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}.") from error
+    data |= {key: value for key, value in overrides.items() if value is not None}
+    _refuse_unknown_environment()
+    try:
+        return Config(**data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(item, path) for item in error.errors())) from error
+
+
+def _explain(item: Any, path: Path) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return (
+            f"{where}: {item['msg']} (got {item.get('input')!r}). Its meaning stands in hearth.example.toml."
+        )
+    section: Any = Config
+    for part in item["loc"][:-1]:
+        section = _section_of(section, str(part))
+    close = nearest(str(item["loc"][-1]), section.model_fields, most=1)
+    hint = (
+        f"Did you mean '{close[0]}'?" if close else f"Known here: {', '.join(sorted(section.model_fields))}."
+    )
+    return f"{path}: unknown key '{where}'. {hint}"
+
+
+def _section_of(section: type[BaseModel], name: str) -> type[BaseModel]:
+    if section is Config and name == "models":
+        return Config
+    if section is Config and name not in Config.model_fields:
+        return ModelConfig
+    field = section.model_fields.get(name)
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else section
+
+
+#: Read by the Makefile and scripts, not by the configuration.
+_OTHER_VARIABLES = {"HEARTH_CONFIG", "HEARTH_VENV", "HEARTH_SET"}
+
+
+def _refuse_unknown_environment() -> None:
+    known = {f"HEARTH_{name.upper()}" for name in Config.model_fields}
+    for variable in os.environ:
+        if not variable.startswith("HEARTH_") or variable in _OTHER_VARIABLES:
+            continue
+        head, *rest = variable.removeprefix("HEARTH_").lower().split("__")
+        section = _section_of(Config, head) if rest and head != "models" else None
+        if f"HEARTH_{head.upper()}" in known and (section is None or rest[0] in section.model_fields):
+            continue
+        every = known | {
+            f"HEARTH_{name.upper()}__{key.upper()}"
+            for name in ("gateway", "fetch", "scheduler", "weights")
+            for key in _section_of(Config, name).model_fields
+        }
+        close = nearest(variable, every, most=1)
+        hint = f"Did you mean {close[0]}?" if close else "Known names stand in hearth.example.toml."
+        raise ConfigError(f"unknown environment variable {variable}. {hint}")

@@ -1,0 +1,41 @@
+"""A profile: which models one kind of machine serves, and how each is cut to fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Needs(BaseModel):
+    """The machine that a profile is made for."""
+
+    model_config = ConfigDict(extra="forbid")
+    gpus: int = Field(default=0, ge=0, description="GPUs; 0 = CPU only.")
+    gpu_memory_bytes: int = Field(default=0, ge=0, description="Memory of each GPU, bytes.")
+    memory_bytes: int = Field(default=0, ge=0, description="Host memory, bytes.")
+
+
+class ProfileModel(BaseModel):
+    """One model of a profile; None leaves the catalog entry's own value."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str = Field(description="Serving name in the catalog.")
+    replicas: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, description="CPU threads of one replica.")
+    memory_bytes: int | None = Field(default=None, ge=0, description="Memory budget of one replica, bytes.")
+    context_length: int | None = Field(default=None, ge=1, description="Tokens.")
+    max_batch: int = Field(default=8, ge=1)
+    max_wait_ms: float = Field(default=5.0, ge=0, description="Milliseconds.")
+    max_queue: int = Field(default=256, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict, description="Engine options, over the catalog's.")
+
+
+class Profile(BaseModel):
+    """`models/profiles/<name>.toml`."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    title: str = ""
+    needs: Needs = Field(default_factory=Needs)
+    models: list[ProfileModel] = Field(min_length=1)
