@@ -1,0 +1,126 @@
+"""Makes the virtual environment with every pinned dependency: `make setup` (also run by serve, test, lint, bench).
+
+Runs on a bare Python 3.11 (standard library only). Idempotent: a stamp in the environment holds a digest of all that
+decides its content, so a second run returns at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = "audio,embedding,image,detection,dev"
+#: The only package this index is asked for, and only where pip's own index has no CPU build of it.
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+PYTHONS = ((3, 11), (3, 12))
+
+
+def fail(message: str) -> None:
+    """Ends the set-up with a sentence for a person."""
+    print(f"setup: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def has_gpu() -> bool:
+    """Whether a working nvidia-smi lists a GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return False
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU 0" in listed.stdout
+
+
+def digest(kind: str) -> str:
+    """What the environment's content depends on."""
+    found = hashlib.sha256(f"{kind} {sys.version_info[:2]} {ROOT}".encode())
+    for name in (f"requirements/{kind}.in", f"requirements/{kind}.txt", "pyproject.toml", "scripts/setup.py"):
+        found.update((ROOT / name).read_bytes())
+    return found.hexdigest()
+
+
+def torch_pin(kind: str) -> str:
+    """torch's pinned version."""
+    for line in (ROOT / f"requirements/{kind}.txt").read_text().splitlines():
+        if line.startswith("torch=="):
+            return line.removeprefix("torch==")
+    fail(f"requirements/{kind}.txt names no torch; run `make lock`.")
+    raise AssertionError
+
+
+def pip(python: Path, *args: str, quiet: bool = False) -> bool:
+    """Runs the environment's pip; whether it succeeded."""
+    command = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *args]
+    if not quiet:
+        return subprocess.run(command).returncode == 0
+    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+
+def make_environment(venv: Path) -> Path:
+    """A fresh virtual environment; its Python."""
+    if sys.version_info[:2] not in PYTHONS:
+        have = ".".join(map(str, sys.version_info[:2]))
+        fail(f"Python 3.11 or 3.12 is needed and this is {have}. Try `make PYTHON=/path/to/python3.11 serve`.")
+    shutil.rmtree(venv, ignore_errors=True)
+    made = subprocess.run([sys.executable, "-m", "venv", str(venv)])
+    if made.returncode != 0:
+        fail("`python -m venv` failed. On Debian or Ubuntu install it: `apt-get install python3-venv`.")
+    return venv / "bin" / "python"
+
+
+def install_torch_cpu(python: Path, version: str) -> None:
+    """The CPU build of torch: from the index that pip is configured with or, failing that, from PyTorch's own."""
+    wanted = f"torch=={version}+cpu"
+    if pip(python, "--no-deps", "--quiet", wanted, quiet=True):
+        return
+    print(f"setup: pip's own index has no {wanted}; asking PyTorch's CPU index for it")
+    if not pip(python, "--no-deps", "--quiet", "--index-url", TORCH_CPU_INDEX, wanted):
+        fail(f"{wanted} could not be had from either index. Put its wheel in a folder and set PIP_FIND_LINKS to it.")
+
+
+def install(python: Path, kind: str) -> None:
+    """Every pinned package, and Hearth itself in place (editable)."""
+    if kind == "cpu":
+        install_torch_cpu(python, torch_pin(kind))
+    constraint = ["--constraint", str(ROOT / f"requirements/{kind}.txt")]
+    build = ["setuptools", "wheel"]
+    if not pip(python, "--quiet", *constraint, *build):
+        fail("pip could not install setuptools; its own words stand above. Is a package index reachable?")
+    needed = ["--requirement", str(ROOT / f"requirements/{kind}.in"), "--editable", f"{ROOT}[{EXTRAS}]"]
+    # The build tools are in the environment already; an isolated build would fetch them again, unpinned.
+    if not pip(python, "--quiet", "--no-build-isolation", *constraint, *needed):
+        fail("pip could not install the dependencies; its own words stand above. Mend that and run it again.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--set", choices=["auto", "cpu", "gpu"], default=os.environ.get("HEARTH_SET", "auto"))
+    options = parser.parse_args()
+    kind = options.set if options.set != "auto" else ("gpu" if has_gpu() else "cpu")
+    stamp = options.venv / ".hearth-setup"
+    wanted = digest(kind)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    free = shutil.disk_usage(ROOT).free
+    if free < 8e9:
+        fail(f"the dependencies take about 5 GB (8 GB while installing) and {free / 1e9:.1f} GB are free on this disk.")
+    began = time.monotonic()
+    print(f"setup: installing the {kind} dependency set into {options.venv} (about 5 GB, a few minutes, once)", flush=True)
+    python = make_environment(options.venv)
+    install(python, kind)
+    stamp.write_text(wanted)
+    print(f"setup: done in {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
