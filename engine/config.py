@@ -68,6 +68,12 @@ class FetchConfig(_Section):
     max_pixels: int = Field(
         default=50_000_000, ge=1, description="Largest picture, pixels (decompression bombs)."
     )
+    max_images: int = Field(
+        default=16, ge=1, description="Most pictures in one request; one more is answered 400."
+    )
+    max_total_bytes: int = Field(
+        default=64 * 1024 * 1024, ge=1, description="All fetched pictures of one request together, bytes."
+    )
     timeout_s: float = Field(
         default=10.0, gt=0, description="Longest one fetch may take with its redirects, seconds."
     )
