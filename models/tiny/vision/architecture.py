@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from models.tiny.vision.drawing import GRID, IMAGE_SIZE, PATCH_SIZE
 from models.tiny.vision.palette import COLOURS
-from models.tiny.vision.scenes import SHAPES
+from models.tiny.vision.scenes import MAX_COUNT, SHAPES
 from models.tiny.vision.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, USER, VOCABULARY
 
 IMAGE_TOKENS = GRID * GRID
@@ -79,29 +79,32 @@ def to_input(pixels: Tensor) -> Tensor:
 
 
 class PatchReader(nn.Module):
-    """Training only: says from each patch's vector what the patch shows, which teaches the tower to see.
+    """Training only: says from each patch's vector what the patch shows and how many shapes of the picture
+    are like it, which teaches the tower to see and to count.
 
-    Learning shapes from the words of answers alone takes many times longer.
+    Learning shapes and numbers from the words of answers alone takes many times longer.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(VISION_WIDTH)
-        self.sizes = [1 + len(SHAPES), 1 + len(COLOURS), 2, len(COLOURS)]
+        counts = 1 + MAX_COUNT
+        # In the order of batches.LABELS.
+        self.sizes = [1 + len(SHAPES), 1 + len(COLOURS), 2, len(COLOURS), counts, counts, counts, counts]
         self.heads = nn.Linear(VISION_WIDTH, sum(self.sizes))
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross entropy.
+        """The mean cross entropies, (len(LABELS),).
 
-        `features`: (batch, IMAGE_TOKENS, VISION_WIDTH). `labels`: (batch, 4, IMAGE_TOKENS) of shape,
-        colour, centre and background, -100 where there is none to learn.
+        `features`: (batch, IMAGE_TOKENS, VISION_WIDTH). `labels`: (batch, len(LABELS), IMAGE_TOKENS), -100
+        where there is nothing to learn.
         """
         logits = self.heads(self.norm(features)).float().split(self.sizes, dim=-1)
         losses = [
             nn.functional.cross_entropy(part.flatten(0, 1), labels[:, index].flatten(), ignore_index=-100)
             for index, part in enumerate(logits)
         ]
-        return torch.stack(losses).sum()
+        return torch.stack(losses)
 
 
 def patch_features(model: Any, images: Tensor) -> Tensor:

@@ -12,20 +12,23 @@ from models.tiny.vision.drawing import PatchLabels, draw, label_patches, to_pixe
 from models.tiny.vision.scenes import Scene, sample_scene
 
 TRAINING_SEED = 20240
+# What the training asks about each patch; the fields of PatchLabels.
+LABELS = ("shape", "colour", "centre", "background", "same_kind", "same_shape", "same_colour", "total")
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Pictures (batch, IMAGE_SIZE, IMAGE_SIZE, 3), 0..255, and patch labels (batch, 4, patches)."""
+    """Pictures (batch, IMAGE_SIZE, IMAGE_SIZE, 3), 0..255, and patch labels (batch, len(LABELS), patches),
+    in the order of LABELS."""
 
     scenes: list[Scene]
     pixels: Tensor
     labels: Tensor
 
 
-def step_rng(stage: str, step: int) -> np.random.Generator:
-    """The random numbers of one training step."""
-    return np.random.default_rng([TRAINING_SEED, len(stage), step])
+def step_rng(stage: str, step: int, seed: int = TRAINING_SEED) -> np.random.Generator:
+    """The random numbers of one training step; another seed gives scenes that the first has not shown."""
+    return np.random.default_rng([seed, len(stage), step])
 
 
 def draw_batch(rng: np.random.Generator, size: int) -> Sight:
@@ -37,8 +40,7 @@ def draw_batch(rng: np.random.Generator, size: int) -> Sight:
 
 
 def _stack(labels: PatchLabels) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    background = np.full_like(labels.shape, labels.background)
     stacked: np.ndarray[tuple[int, int], np.dtype[np.int64]] = np.stack(
-        [labels.shape, labels.colour, labels.centre, background]
+        [np.broadcast_to(getattr(labels, name), labels.shape.shape) for name in LABELS]
     )
     return stacked

@@ -25,14 +25,19 @@ class PatchLabels:
     """What each of the GRID × GRID patches shows, row by row; each array has shape (GRID * GRID,).
 
     `shape` and `colour` are 0 for "nothing", else 1 + the index in SHAPES or COLOURS, and -100 (ignored)
-    where a shape only grazes the patch. `centre` is 1 where a shape has its centre. `background` is one
-    index for all.
+    where a shape only grazes the patch. `centre` is 1 where a shape has its centre. `same_kind`,
+    `same_shape` and `same_colour` say how many shapes of the picture are like the patch's own, -100 where
+    it shows none. `background` (an index) and `total` (shapes in the picture) are one number for all.
     """
 
     shape: IntArray
     colour: IntArray
     centre: IntArray
+    same_kind: IntArray
+    same_shape: IntArray
+    same_colour: IntArray
     background: int
+    total: int
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> Image.Image:
@@ -65,6 +70,7 @@ def label_patches(scene: Scene) -> PatchLabels:
     shape = np.zeros(GRID * GRID, dtype=np.int64)
     colour = np.zeros(GRID * GRID, dtype=np.int64)
     centre = np.zeros(GRID * GRID, dtype=np.int64)
+    alike = np.full((3, GRID * GRID), -100, dtype=np.int64)
     for number, item in enumerate(scene.items, start=1):
         _draw_item(pen, item, across, down, number, None)
     cells = np.asarray(mask).reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE)
@@ -75,13 +81,18 @@ def label_patches(scene: Scene) -> PatchLabels:
         best = np.where(wins, cover, best)
         shape[wins] = 1 + SHAPES.index(item.shape)
         colour[wins] = 1 + COLOURS.index(item.colour)
+        alike[0, wins] = scene.count(item.shape, item.colour)
+        alike[1, wins] = scene.count(item.shape)
+        alike[2, wins] = scene.count(None, item.colour)
         column = min(int(item.x * across) // PATCH_SIZE, GRID - 1)
         row = min(int(item.y * down) // PATCH_SIZE, GRID - 1)
         centre[row * GRID + column] = 1
     grazed = (best > 0) & (best < 0.08)
     shape[grazed] = -100
     colour[grazed] = -100
-    return PatchLabels(shape, colour, centre, COLOURS.index(scene.background))
+    alike[:, grazed] = -100
+    ground = COLOURS.index(scene.background)
+    return PatchLabels(shape, colour, centre, alike[0], alike[1], alike[2], ground, len(scene.items))
 
 
 def _colours_in(scene: Scene) -> set[str]:

@@ -156,12 +156,12 @@ def sample_turn(rng: np.random.Generator, scene: Scene) -> Turn:
 
 def answer_step(training: Training, teacher: Teacher, size: int, rate: float) -> dict[str, float]:
     """One step of the answer stage over so many scenes; its losses by name."""
-    rng = step_rng("answer", training.answer_step)
+    rng = step_rng("answer", training.answer_step, training.seed)
     sight = draw_batch(rng, size)
     rows = teacher.pack(rng, sight.scenes)
     with torch.autocast("cpu", torch.bfloat16):
         features = patch_features(training.model, to_input(sight.pixels))
-        seen = training.reader(features, sight.labels)
+        seen = training.reader(features, sight.labels).sum()
         logits = answer_logits(training.model, features, rows.tokens, rows.positions, rows.mask, rows.wanted)
         said = torch.nn.functional.cross_entropy(logits.float(), rows.successors)
     (said + _SIGHT_WEIGHT * seen).backward()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.tiny.vision.architecture import PatchReader, build_model, patch_features, to_input
-from models.tiny.vision.batches import draw_batch, step_rng
+from models.tiny.vision.batches import LABELS, TRAINING_SEED, draw_batch, step_rng
 from models.tiny.vision.export import WEIGHTS, name_on_disk
 from models.tiny.vision.optimizer import Optimizer
 
@@ -54,6 +54,8 @@ class Training:
     see_step: int = 0
     answer_step: int = 0
     seconds: float = 0.0
+    # Not in the checkpoint: a resumed run is told it again.
+    seed: int = TRAINING_SEED
 
     def __post_init__(self) -> None:
         named = [*self.model.named_parameters(), *self.reader.named_parameters(prefix="reader")]
@@ -88,15 +90,15 @@ class Training:
         self.model.load_state_dict({**state, **kept, "lm_head.weight": kept[_EMBEDDING]})
 
 
-def see_step(training: Training) -> float:
-    """One step of the first stage; the loss."""
-    sight = draw_batch(step_rng("see", training.see_step), SEE_BATCH)
+def see_step(training: Training) -> dict[str, float]:
+    """One step of the first stage; its losses by name."""
+    sight = draw_batch(step_rng("see", training.see_step, training.seed), SEE_BATCH)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = training.reader(patch_features(training.model, to_input(sight.pixels)), sight.labels)
-    loss.backward()
+        losses = training.reader(patch_features(training.model, to_input(sight.pixels)), sight.labels)
+    losses.sum().backward()
     training.optimizer.step(_SEE_RATE * min(1.0, (training.see_step + 1) / _WARM_UP))
     training.see_step += 1
-    return float(loss.detach())
+    return dict(zip(LABELS, losses.detach().tolist(), strict=True))
 
 
 def answer_rate(step: int, steps: int) -> float:
@@ -120,7 +122,7 @@ def train(plan: Plan, training: Training) -> None:
         while training.answer_step < plan.answer_steps and time.monotonic() - began < plan.seconds:
             tick = time.monotonic()
             if training.see_step < plan.see_steps:
-                fresh = {"sight": see_step(training)}
+                fresh = see_step(training)
                 task, done = see, training.see_step
             else:
                 teacher = teacher or Teacher()
@@ -150,12 +152,13 @@ def main() -> None:
     parser.add_argument("--see-steps", type=int, default=1500)
     parser.add_argument("--answer-steps", type=int, default=3000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=TRAINING_SEED, help="another one draws other scenes")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.folder.mkdir(parents=True, exist_ok=True)
-    training = Training()
+    training = Training(seed=args.seed)
     if args.resume:
         training.load(args.folder / "checkpoint.pt")
     elif args.continue_weights:
