@@ -1,7 +1,7 @@
 """The configuration: one typed model, every key with its unit and default.
 
-Read from ``hearth.toml`` (or the file named), then overridden by ``HEARTH_…`` environment variables: ``HEARTH_PORT``,
-``HEARTH_API_KEY``, and ``HEARTH_GATEWAY__WORKERS`` for ``workers`` of ``[gateway]``.
+Read from ``hearth.toml`` (or the file named), then overridden by ``HEARTH_…`` environment variables:
+``HEARTH_PORT``, ``HEARTH_API_KEY``, and ``HEARTH_GATEWAY__WORKERS`` for ``workers`` of ``[gateway]``.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class FetchConfig(_Section):
     enabled: bool = Field(default=True, description="False: only data URLs are taken.")
     allow_private: bool = Field(
         default=False,
-        description="True: addresses that are not public (loopback, private ranges, link-local) may be fetched too.",
+        description="True: addresses that are not public (loopback, private, link-local) may be fetched.",
     )
     max_bytes: int = Field(
         default=20 * 1024 * 1024, ge=1, description="Largest picture, bytes as transferred."
@@ -158,7 +158,7 @@ class Config(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 = any free one.")
     profile: str = Field(
         default="",
-        description="Profile of models/profiles/; empty = the largest that fits this machine ('tiny' without a GPU).",
+        description="Profile of models/profiles/; empty = the largest that fits ('tiny' without a GPU).",
     )
     state_dir: Path = Field(default=Path("var"), description="Folder for keys, state, logs and weights.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

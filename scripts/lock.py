@@ -1,7 +1,7 @@
 """Pins every version: `make lock` writes requirements/cpu.txt and requirements/gpu.txt, the constraint files.
 
-The cpu set is resolved first; the gpu set is then resolved with those pins, so that both differ only in vLLM's and
-torch's builds and in what the CUDA build brings with it. Nothing is installed: pip only resolves.
+The cpu set is resolved first; the gpu set is then resolved with those pins, so that both differ only in
+vLLM's and torch's builds and in what the CUDA build brings with it. Nothing is installed: pip only resolves.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def resolve(requirements: Path, constraints: Path | None) -> dict[str, str]:
         subprocess.run(command, check=True)
         found = json.loads(report.read_text())["install"]
     pairs = ((item["metadata"]["name"], item["metadata"]["version"]) for item in found)
-    pinned = {name.lower().replace("_", "-").replace(".", "-"): version.split("+")[0] for name, version in pairs}
+    pinned = {
+        name.lower().replace("_", "-").replace(".", "-"): version.split("+")[0] for name, version in pairs
+    }
     return {name: version for name, version in sorted(pinned.items()) if name != "hearth"}
 
 

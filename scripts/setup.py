@@ -1,7 +1,7 @@
-"""Makes the virtual environment with every pinned dependency: `make setup` (also run by serve, test, lint, bench).
+"""Makes the virtual environment with every pinned dependency: `make setup`, also run by serve and test.
 
-Runs on a bare Python 3.11 (standard library only). Idempotent: a stamp in the environment holds a digest of all that
-decides its content, so a second run returns at once.
+Runs on a bare Python 3.11 (standard library only). Idempotent: a stamp in the environment holds a digest of
+all that decides its content, so a second run returns at once.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def make_environment(venv: Path) -> Path:
     """A fresh virtual environment; its Python."""
     if sys.version_info[:2] not in PYTHONS:
         have = ".".join(map(str, sys.version_info[:2]))
-        fail(f"Python 3.11 or 3.12 is needed and this is {have}. Try `make PYTHON=/path/to/python3.11 serve`.")
+        fail(
+            f"Python 3.11 or 3.12 is needed and this is {have}. Try `make PYTHON=/path/to/python3.11 serve`."
+        )
     shutil.rmtree(venv, ignore_errors=True)
     made = subprocess.run([sys.executable, "-m", "venv", str(venv)])
     if made.returncode != 0:
@@ -78,13 +80,13 @@ def make_environment(venv: Path) -> Path:
 
 
 def install_torch_cpu(python: Path, version: str) -> None:
-    """The CPU build of torch: from the index that pip is configured with or, failing that, from PyTorch's own."""
+    """The CPU build of torch: from pip's configured index or, failing that, from PyTorch's own."""
     wanted = f"torch=={version}+cpu"
     if pip(python, "--no-deps", "--quiet", wanted, quiet=True):
         return
     print(f"setup: pip's own index has no {wanted}; asking PyTorch's CPU index for it")
     if not pip(python, "--no-deps", "--quiet", "--index-url", TORCH_CPU_INDEX, wanted):
-        fail(f"{wanted} could not be had from either index. Put its wheel in a folder and set PIP_FIND_LINKS to it.")
+        fail(f"{wanted} could not be had from either index. Set PIP_FIND_LINKS to a folder with its wheel.")
 
 
 def install(python: Path, kind: str) -> None:
@@ -95,10 +97,16 @@ def install(python: Path, kind: str) -> None:
     build = ["setuptools", "wheel"]
     if not pip(python, "--quiet", *constraint, *build):
         fail("pip could not install setuptools; its own words stand above. Is a package index reachable?")
-    needed = ["--requirement", str(ROOT / f"requirements/{kind}.in"), "--editable", f"{ROOT}[{EXTRAS}]"]
     # The build tools are in the environment already; an isolated build would fetch them again, unpinned.
-    if not pip(python, "--quiet", "--no-build-isolation", *constraint, *needed):
-        fail("pip could not install the dependencies; its own words stand above. Mend that and run it again.")
+    needed = ["--requirement", str(ROOT / f"requirements/{kind}.in"), "--editable", f"{ROOT}[{EXTRAS}]"]
+    # ultralytics asks for opencv-python, which needs a desktop's libraries (libGL, libxcb); the headless
+    # build has the same module without them, and wins by being written last.
+    headless = ["--force-reinstall", "--no-deps", "opencv-python-headless"]
+    for packages in (["--no-build-isolation", *needed], headless):
+        if not pip(python, "--quiet", *constraint, *packages):
+            fail(
+                "pip could not install the dependencies; its own words stand above. Mend that, run it again."
+            )
 
 
 def main() -> None:
@@ -113,9 +121,12 @@ def main() -> None:
         return
     free = shutil.disk_usage(ROOT).free
     if free < 8e9:
-        fail(f"the dependencies take about 5 GB (8 GB while installing) and {free / 1e9:.1f} GB are free on this disk.")
+        fail(f"the dependencies take about 5 GB (8 GB while installing); {free / 1e9:.1f} GB are free.")
     began = time.monotonic()
-    print(f"setup: installing the {kind} dependency set into {options.venv} (about 5 GB, a few minutes, once)", flush=True)
+    print(
+        f"setup: installing the {kind} dependency set into {options.venv} (about 5 GB, a few minutes, once)",
+        flush=True,
+    )
     python = make_environment(options.venv)
     install(python, kind)
     stamp.write_text(wanted)

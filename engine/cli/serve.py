@@ -1,0 +1,161 @@
+"""`hearth serve`: the scheduler in the foreground; a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import time
+
+from rich.console import Console
+from rich.live import Live
+
+from engine.cli import tables
+from engine.cli.examples import curl_lines
+from engine.config import Config
+from engine.metering import keys
+from engine.scheduler.devices import find_gpus, host_memory
+from engine.scheduler.service import Scheduler, SchedulerError
+from engine.scheduler.status import Status
+from models.catalog import CatalogError, choose_profile, load_catalog, load_profile, load_profiles
+from models.profile import Profile
+
+_LOOK_S = 0.25
+
+
+def serve(config: Config, *, plain: bool = False) -> int:
+    """Serves until stopped; the exit status (0 after a clean stop)."""
+    console = Console()
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        profile = chosen_profile(config)
+        shown_key = first_key(config)
+        scheduler = Scheduler(config, profile, load_catalog())
+        asyncio.run(_run(scheduler, Screen(console, shown_key, live=console.is_terminal and not plain)))
+    except (CatalogError, SchedulerError, keys.KeysError, ValueError) as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def chosen_profile(config: Config) -> Profile:
+    """The profile named, or the largest that fits this machine.
+
+    Raises:
+        CatalogError: there is none of that name, or none fits.
+    """
+    if config.profile:
+        return load_profile(config.profile)
+    gpus = [gpu.memory_bytes for gpu in find_gpus()]
+    return load_profile(choose_profile(load_profiles(), gpus, host_memory()))
+
+
+def first_key(config: Config) -> str | None:
+    """The key to show: a new one at the first start, the configured one, else None (only a hash is kept).
+
+    Raises:
+        KeysError: the keys file cannot be read.
+        ValueError: the configured key cannot be one.
+    """
+    if config.api_key is not None:
+        given = config.api_key.get_secret_value()
+        keys.add_key(config.keys_file, given, name="HEARTH_API_KEY")
+        return given
+    if keys.read_keys(config.keys_file):
+        return None
+    made = keys.make_key()
+    keys.add_key(config.keys_file, made, name="first")
+    return made
+
+
+class Screen:
+    """What a person sees of a serving scheduler."""
+
+    def __init__(self, console: Console, key: str | None, *, live: bool) -> None:
+        self.console = console
+        self.key = key
+        self.began = time.monotonic()
+        self.table = Live(console=console, refresh_per_second=4, transient=False) if live else None
+        self._told: dict[str, str] = {}
+        self._was_ready = False
+
+    def show(self, status: Status) -> None:
+        """Brings the screen up to date; called a few times a second, prints only what is new."""
+        if self.table is not None and not self._was_ready:
+            if not self.table.is_started:
+                self.table.start()
+            self.table.update(tables.models(status))
+        if self.table is None or self._was_ready:
+            self._lines(status)
+        if status.ready and not self._was_ready:
+            self._told = {model.id: model.state for model in status.models}
+            self.close()
+            self._was_ready = True
+            self._welcome(status)
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        if self.table is not None and self.table.is_started:
+            self.table.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _lines(self, status: Status) -> None:
+        for model in status.models:
+            stage = model.progress.stage if model.progress else ""
+            told = f"{model.state} {stage}"
+            if self._told.get(model.id, "").split() == told.split():
+                continue
+            self._told[model.id] = told
+            note = tables.note(model)
+            seconds = time.monotonic() - self.began
+            self.say(f"{seconds:6.1f} s  {model.id}: {model.state}{f' ({note})' if note else ''}")
+
+    def _welcome(self, status: Status) -> None:
+        seconds = time.monotonic() - self.began
+        self.say(f"\nEvery model is warm after {seconds:.0f} s.")
+        self.say(f"base URL  {status.base_url}")
+        if self.key:
+            self.say(f"key       {self.key}   (kept hashed: note it now)")
+            key = self.key
+        else:
+            self.say("key       the one shown at the first start; `hearth keys create` makes another")
+            key = "YOUR_KEY"
+        self.say("")
+        for category, line in curl_lines(((m.category, m.id) for m in status.models), status.base_url, key):
+            self.say(f"# {category}")
+            self.say(line)
+        self.say("\nCtrl-C drains and stops; twice stops at once.")
+
+
+async def _run(scheduler: Scheduler, screen: Screen) -> None:
+    loop = asyncio.get_running_loop()
+    asked = 0
+
+    def stop() -> None:
+        nonlocal asked
+        asked += 1
+        screen.close()
+        if asked == 1:
+            screen.say("\nDraining requests and stopping every runner; Ctrl-C again stops at once.")
+        scheduler.request_stop(kill=asked > 1)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    running = asyncio.create_task(scheduler.run())
+    try:
+        while not running.done():
+            if not asked:
+                screen.show(scheduler.status())
+            await asyncio.wait([running], timeout=_LOOK_S)
+        await running
+    finally:
+        screen.close()
+    if asked:
+        screen.say("Stopped; nothing is left running.")

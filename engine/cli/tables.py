@@ -1,0 +1,85 @@
+"""Tables for a terminal; plain text when piped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from engine.cli.doctor import Check
+from engine.scheduler.status import ModelStatus, Status
+
+_STYLES = {
+    "ready": "green",
+    "failed": "red",
+    "backoff": "red",
+    "draining": "yellow",
+    "stopped": "dim",
+}
+
+
+def size(count: float | None) -> str:
+    """Bytes for a person."""
+    if not count:
+        return ""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def note(model: ModelStatus) -> str:
+    """What a person wants to know of a model that is not ready: progress, reason, time left."""
+    parts = []
+    progress = model.progress
+    if progress is not None:
+        done = size(progress.done) if progress.unit == "bytes" else f"{100 * progress.done:.0f} %"
+        of = f" of {size(progress.total)}" if progress.unit == "bytes" and progress.total else ""
+        parts.append(f"{progress.message or progress.stage} {done}{of}")
+    elif model.state != "ready" and model.reason:
+        parts.append(model.reason)
+    if model.state not in ("ready", "stopped", "failed") and model.eta_s:
+        parts.append(f"about {model.eta_s:.0f} s left")
+    if model.restarts:
+        parts.append(f"{model.restarts} restart{'s' if model.restarts != 1 else ''}")
+    return "; ".join(parts)
+
+
+def models(status: Status, *, now: float | None = None) -> Table:
+    """One row a model: name, category, state, seconds in it, memory, note."""
+    now = time.time() if now is None else now
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
+    for name in ("runner", "category", "state"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("seconds", justify="right")
+    table.add_column("memory", justify="right", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for model in status.models:
+        state = Text(model.state, style=_STYLES.get(model.state, "cyan"))
+        seconds = f"{max(0.0, model.seconds(now)):.0f}"
+        table.add_row(model.id, model.category, state, seconds, size(model.memory_bytes), note(model))
+    return table
+
+
+def full(status: Status) -> Group:
+    """The whole status: where it serves, then the models."""
+    head = f"Hearth {status.scheduler.version}, profile {status.profile}, serving at {status.base_url}"
+    return Group(Text(head), models(status))
+
+
+def checks(found: Sequence[Check]) -> Table:
+    """The doctor's findings."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    marks = {
+        "ok": Text("ok", style="green"),
+        "note": Text("note", style="yellow"),
+        "missing": Text("missing", style="red"),
+    }
+    for check in found:
+        text = check.found + (f"\n→ {check.next_step}" if check.next_step else "")
+        table.add_row(marks[check.state], check.name, text)
+    return table
