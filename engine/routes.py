@@ -1,7 +1,8 @@
 """The route table: what the scheduler publishes and the gateways read. Pure data.
 
 Served by the scheduler on its control socket (``GET /routes?after=VERSION&wait=SECONDS`` is a watch) and
-mirrored to ``<state_dir>/routes.json``, so that a gateway that starts while the scheduler is away still knows its way.
+mirrored to ``<state_dir>/routes.json``, so that a gateway that starts while the scheduler is away still knows
+its way.
 """
 
 from __future__ import annotations

