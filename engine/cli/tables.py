@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from rich.console import Group
@@ -49,9 +48,8 @@ def note(model: ModelStatus) -> str:
     return "; ".join(parts)
 
 
-def models(status: Status, *, now: float | None = None) -> Table:
+def models(status: Status) -> Table:
     """One row a model: name, category, state, seconds in it, memory, note."""
-    now = time.time() if now is None else now
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
     for name in ("runner", "category", "state"):
         table.add_column(name, no_wrap=True)
@@ -60,8 +58,9 @@ def models(status: Status, *, now: float | None = None) -> Table:
     table.add_column("", overflow="fold")
     for model in status.models:
         state = Text(model.state, style=_STYLES.get(model.state, "cyan"))
-        seconds = f"{max(0.0, model.seconds(now)):.0f}"
-        table.add_row(model.id, model.category, state, seconds, size(model.memory_bytes), note(model))
+        table.add_row(
+            model.id, model.category, state, f"{model.since_s:.0f}", size(model.memory_bytes), note(model)
+        )
     return table
 
 
