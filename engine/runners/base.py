@@ -31,6 +31,7 @@ from starlette.routing import BaseRoute, Route
 from engine.errors import ApiError, bad_request, nearest
 from engine.runners.batching import Batcher, Work
 from engine.runners.endpoints import endpoint, plain_routes
+from engine.runners.environment import ensure_environment
 from engine.runners.instruments import Instruments
 from engine.runners.logs import set_up_logging
 from engine.runners.spec import RunnerSpec
@@ -150,9 +151,8 @@ def serve(make_engine: Callable[[RunnerSpec], Engine]) -> None:
     engine's heavy imports belong into ``load``: thread counts are set in the environment before it is called.
     """
     spec = _read_spec()
+    ensure_environment(spec)
     set_up_logging()
-    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        os.environ[variable] = str(spec.threads)
 
     def leave(*_: Any) -> None:
         raise SystemExit(0)
