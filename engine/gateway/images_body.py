@@ -101,7 +101,9 @@ class Body:
 
 def may_hold_pictures(data: bytes, endpoint: Endpoint) -> bool:
     """Whether a body is worth parsing; quick, and never False where there is a picture or other media URL."""
-    return endpoint == "detections" or b"_url" in data or any(escape in data for escape in _ESCAPED_LETTER)
+    if endpoint == "detections" or b'_url"' in data:
+        return True
+    return b"\\u00" in data and any(escape in data for escape in _ESCAPED_LETTER)
 
 
 def _image(part: dict[str, Any], where: str) -> Place | None:

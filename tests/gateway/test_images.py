@@ -406,7 +406,7 @@ async def test_detection_refuses_by_the_name_of_its_field(desk: Desk, image: str
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b"3", b'"image_url"', b'{"a":nan}', b'{"image_url":1}}', b"\xff_url"]
+    "body", [b"", b"{", b"[]", b"3", b'"image_url"', b'{"a":nan}', b'{"image_url":1}}', b'\xff_url"']
 )
 @pytest.mark.parametrize("endpoint", ["chat", "detections"])
 async def test_what_is_no_json_object(desk: Desk, body: bytes, endpoint: Any) -> None:
