@@ -1,0 +1,118 @@
+"""vLLM's error bodies in OpenAI's exact shape: a string or null as `code`, OpenAI's `type`, the field as `param`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from engine.errors import ApiError
+
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+Receive = Callable[[], Awaitable[Message]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_MOST_ERROR_BYTES = 1 << 20
+_TOO_LONG = re.compile(
+    r"maximum context length|max_model_len|longer than the maximum model length|maximum model length", re.I
+)
+_EVENT = b'data: {"error"'
+
+
+class OpenAIErrors:
+    """ASGI middleware: rewrites answers of status 400 and above, and error events in a stream; nothing else."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        await self.app(scope, receive, _Rewriter(send).send)
+
+
+class _Rewriter:
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._start: Message | None = None
+        self._body = bytearray()
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] >= 400:
+            self._start = message
+            return
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        if self._start is None:
+            body = message.get("body", b"")
+            # vLLM writes one event a message, so a look at its head is enough.
+            if body.startswith(_EVENT):
+                message = {**message, "body": _event(body)}
+            await self._send(message)
+            return
+        if len(self._body) < _MOST_ERROR_BYTES:
+            self._body += message.get("body", b"")
+        if not message.get("more_body", False):
+            await self._finish(self._start)
+
+    async def _finish(self, start: Message) -> None:
+        status = start["status"]
+        error = translate(status, bytes(self._body))
+        body = error.body()
+        dropped = (b"content-length", b"content-type", b"content-encoding")
+        headers = [(k, v) for k, v in start.get("headers", []) if k.lower() not in dropped]
+        headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self._send({**start, "status": error.status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def translate(status: int, body: bytes) -> ApiError:
+    """The error that a vLLM answer of ``status`` with ``body`` stands for.
+
+    Understands OpenAI's envelope with a number as code, vLLM's flat one, and FastAPI's ``{"detail": …}``.
+    """
+    try:
+        data = json.loads(body)
+    except ValueError:
+        data = None
+    error = data.get("error", data) if isinstance(data, dict) else None
+    if isinstance(error, str):
+        error = {"message": error}
+    error = error if isinstance(error, dict) else {}
+    message = error.get("message") or _detail(error.get("detail")) or body.decode("utf-8", "replace")[:1000]
+    message = message or f"The model's server answered {status} without a reason."
+    param = error.get("param") if isinstance(error.get("param"), str) else None
+    code = error.get("code") if isinstance(error.get("code"), str) else None
+    if status in (400, 413, 422) and _TOO_LONG.search(message):
+        return ApiError(400, message, param=param or "messages", code="context_length_exceeded")
+    if status == 404 and "model" in message:
+        code = code or "model_not_found"
+    # OpenAI answers a body that is well-formed JSON but wrong with 400.
+    return ApiError(400 if status == 422 else status, message, param=param, code=code)
+
+
+def _detail(detail: Any) -> str:
+    if not isinstance(detail, list):
+        return str(detail) if detail else ""
+    parts = []
+    for item in detail:
+        if isinstance(item, dict):
+            where = ".".join(str(part) for part in item.get("loc", ()) if part != "body")
+            parts.append(f"{where}: {item.get('msg', 'is wrong')}" if where else str(item.get("msg", item)))
+    return "; ".join(parts)
+
+
+def _event(body: bytes) -> bytes:
+    """One error event, translated; whatever follows it in the same message (``[DONE]``) is kept."""
+    first, separator, rest = body.partition(b"\n\n")
+    try:
+        code = json.loads(first.removeprefix(b"data: "))["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        code = None
+    status = code if isinstance(code, int) and 400 <= code < 600 else 500
+    event = translate(status, first.removeprefix(b"data: ")).event()
+    return event + rest if separator else event

