@@ -45,6 +45,10 @@ def decode_audio(data: bytes, *, max_seconds: float, param: str = "file") -> Sam
     container_format = sniff(data)
     if container_format is None:
         raise _invalid(f"The file is in no audio format known here. Send {FORMATS}.", param)
+    if (container_format == "wav" and _wav_is_cut(data)) or (container_format == "ogg" and _ogg_is_cut(data)):
+        raise _invalid(
+            "The audio file is truncated: it ends before its last block does. Send it in whole.", param
+        )
     try:
         samples = _decode(data, container_format, max_seconds, param)
     except av.error.FFmpegError as error:
@@ -107,7 +111,7 @@ def _decode(data: bytes, container_format: str, max_seconds: float, param: str) 
         if announced is not None and announced > max_seconds:
             raise _too_long(announced, max_seconds, param)
 
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+        resample = _Resampler()
         blocks: list[npt.NDArray[np.int16]] = []
         count, bad, good = 0, 0, 0
         last_error: Exception | None = None
@@ -119,13 +123,13 @@ def _decode(data: bytes, container_format: str, max_seconds: float, param: str) 
                 bad, last_error = bad + 1, error
                 continue
             good += bool(frames)
-            for block in _resampled(resampler, frames):
-                blocks.append(block)
-                count += len(block)
+            for frame in frames:
+                for block in resample(frame):
+                    blocks.append(block)
+                    count += len(block)
             if count > max_seconds * SAMPLE_RATE:
                 raise _too_long(None, max_seconds, param)
-        if good:
-            blocks.extend(_resampled(resampler, [None]))
+        blocks.extend(resample.rest())
 
     if not good and last_error is not None:
         raise last_error
@@ -145,12 +149,30 @@ def _decode(data: bytes, container_format: str, max_seconds: float, param: str) 
     return samples
 
 
-def _resampled(resampler: Any, frames: list[Any]) -> Iterator[npt.NDArray[np.int16]]:
-    for frame in frames:
-        if frame is not None:
-            frame.pts = None  # broken time stamps must not insert or drop samples
-        for resampled in resampler.resample(frame):
+class _Resampler:
+    """Frames of any shape, also one that changes midway, into mono blocks of 16-bit samples at 16 kHz."""
+
+    def __init__(self) -> None:
+        self._inner: Any = None
+        self._shape: tuple[str, str, int] | None = None
+
+    def __call__(self, frame: Any) -> Iterator[npt.NDArray[np.int16]]:
+        import av
+
+        shape = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if shape != self._shape:
+            yield from self.rest()
+            self._inner = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
+            self._shape = shape
+        frame.pts = None  # broken time stamps must not insert or drop samples
+        for resampled in self._inner.resample(frame):
             yield resampled.to_ndarray()[0]
+
+    def rest(self) -> Iterator[npt.NDArray[np.int16]]:
+        """What the filter still holds back."""
+        if self._inner is not None:
+            for resampled in self._inner.resample(None):
+                yield resampled.to_ndarray()[0]
 
 
 def _announced_seconds(container: Any, stream: Any) -> float | None:
@@ -162,6 +184,29 @@ def _announced_seconds(container: Any, stream: Any) -> float | None:
     else:
         return None
     return seconds if seconds > 0 else None
+
+
+def _wav_is_cut(data: bytes) -> bool:
+    """Whether a WAV's sound is much shorter than its data chunk says (FFmpeg is silent about it).
+
+    Sizes of 0 and 2**32 - 1 are what programs write that do not know the length beforehand.
+    """
+    at = 12
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        if data[at : at + 4] == b"data":
+            return size not in (0, 0xFFFFFFFF) and len(data) - at - 8 < (1 - _MISSING) * size
+        at += 8 + size + size % 2
+    return False
+
+
+def _ogg_is_cut(data: bytes) -> bool:
+    """Whether an Ogg file ends inside a page (RFC 3533: 27 bytes of header, the table of sizes, the body)."""
+    at = data.rfind(b"OggS")
+    if len(data) < at + 27:
+        return True
+    sizes = data[at + 27 : at + 27 + data[at + 26]]
+    return len(data) < at + 27 + data[at + 26] + sum(sizes)
 
 
 def _invalid(message: str, param: str) -> ApiError:

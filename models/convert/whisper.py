@@ -182,7 +182,7 @@ def _norm(norm: Any, state: State, name: str) -> None:
 
 
 def _configure(config: Any, vocabulary: Mapping[str, int], heads: list[tuple[int, int]]) -> None:
-    """Token sets that CTranslate2's decoder keeps to; faster-whisper gives the suppressed ones per request."""
+    """Token sets that CTranslate2's decoder keeps to; faster-whisper names the suppressed ones itself."""
     from engine.runners.audio_languages import LANGUAGES
 
     languages = [f"<|{code}|>" for code in LANGUAGES]
