@@ -8,7 +8,7 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -40,7 +40,7 @@ def configuration(file: Path | None, **overrides: object) -> Config:
         fail(str(error))
 
 
-def fail(message: str) -> typer.Exit:  # type: ignore[return]  # it always raises; the type lets `raise fail()` read well
+def fail(message: str) -> NoReturn:
     """Prints the message for a person and ends with status 1."""
     Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(1)
