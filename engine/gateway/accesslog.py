@@ -1,0 +1,36 @@
+"""One line a request, for a person and for grep."""
+
+from __future__ import annotations
+
+import logging
+
+from engine.gateway.exchange import Exchange
+
+access = logging.getLogger("hearth.access")
+
+_MOST_PATH = 120
+
+
+def log_request(exchange: Exchange, status: int) -> None:
+    """Writes the line: what was asked, how it ended, how long it took (to the first byte, in all), bytes in and out."""
+    scope = exchange.scope
+    first = "-" if exchange.first_byte_s is None else f"{exchange.first_byte_s * 1000:.1f}"
+    access.info(
+        "%s %s %s model=%s first=%sms total=%.1fms in=%d out=%d key=%s id=%s",
+        status,
+        scope["method"],
+        printable(scope["path"]),
+        exchange.model or "-",
+        first,
+        exchange.elapsed_s() * 1000,
+        exchange.bytes_in,
+        exchange.bytes_out,
+        exchange.key_id,
+        exchange.request_id,
+    )
+
+
+def printable(path: str) -> str:
+    """A path that cannot break a log line, whatever a client has sent."""
+    shown = path if len(path) <= _MOST_PATH else path[:_MOST_PATH] + "…"
+    return shown if shown.isprintable() and " " not in shown else ascii(shown)

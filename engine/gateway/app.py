@@ -1,0 +1,203 @@
+"""The gateway's ASGI application: authenticates, admits, routes, records.
+
+The life of a request: an id, the key, the body (bounded), `model` and `stream` read from it, the model's row of the route
+table, pictures made safe, a replica chosen, bytes passed both ways, one log line. Forwarded paths are matched before
+FastAPI, which answers everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from engine.config import Config
+from engine.errors import ApiError
+from engine.gateway.accesslog import log_request
+from engine.gateway.auth import authenticate
+from engine.gateway.body import check_json_type, json_head, parse_object, read_body
+from engine.gateway.endpoints import ENDPOINTS, Endpoint, check_category, unsupported_content
+from engine.gateway.exchange import CLIENT_GONE, ClientGoneError, Exchange, send_error
+from engine.gateway.fim import fill_in_middle
+from engine.gateway.forward import Forwarder
+from engine.gateway.guard import WhileClientWaits
+from engine.gateway.images import ImageFetcher
+from engine.gateway.metrics import GatewayMetrics
+from engine.gateway.multipart import is_multipart, multipart_head
+from engine.gateway.pages import make_pages, wrong_method
+from engine.gateway.routing import Directory, Served
+from engine.gateway.upstream import Upstream
+from engine.gateway.watch import RouteWatch
+from engine.metering.keys import KeyRing
+
+log = logging.getLogger("hearth.gateway")
+
+#: Where a request's Exchange is kept in its ASGI scope.
+_EXCHANGE = "hearth.exchange"
+_EXPOSED = ["x-request-id", "openai-processing-ms", "retry-after"]
+
+
+class Gateway:
+    """An ASGI application; one per gateway process."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._ring = KeyRing(config.keys_file)
+        self.directory = Directory(self._make_upstream)
+        self.metrics = GatewayMetrics()
+        self._watch = RouteWatch(self.directory, socket=config.control_socket, file=config.routes_file)
+        self._pictures = ImageFetcher(config.fetch)
+        self._forwarder = Forwarder(self.directory, self.metrics)
+        self._pages = make_pages(self.directory, self.metrics)
+        self._entry: ASGIApp = self._answer
+        if config.gateway.cors_origins:
+            self._entry = CORSMiddleware(
+                self._answer,
+                allow_origins=config.gateway.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=_EXPOSED,
+            )
+
+    async def start(self) -> None:
+        """Reads the routes and begins to follow them."""
+        await self._pictures.start()
+        await self._watch.start()
+
+    async def close(self) -> None:
+        await self._watch.close()
+        await self._pictures.close()
+        await self.directory.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        exchange = Exchange(scope, send)
+        scope[_EXCHANGE] = exchange
+        try:
+            await self._entry(scope, receive, exchange.send)
+        finally:
+            status = exchange.status or CLIENT_GONE
+            self.metrics.observe(exchange, status)
+            if self._config.gateway.access_log:
+                log_request(exchange, status)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await self.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.close()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request; every failure ends here, as an envelope or (in mid-answer) a closed connection."""
+        exchange: Exchange = scope[_EXCHANGE]
+        limit_s = self._config.gateway.request_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._dispatch(exchange, receive, send)
+            return
+        except ClientGoneError:
+            return
+        except ApiError as error:
+            failure = error
+        except TimeoutError:
+            failure = _timed_out(exchange, limit_s)
+        except Exception:
+            # The last line before the client: whatever went wrong is told in the log alone.
+            log.exception("%s: unexpected failure", exchange.request_id)
+            failure = ApiError(
+                500,
+                f"Something went wrong here; it is not your request. The operator finds it in the log as "
+                f"{exchange.request_id}.",
+                code="internal_error",
+            )
+        if not exchange.begun:
+            await send_error(send, failure)
+        elif not exchange.complete and exchange.is_events:
+            await send({"type": "http.response.body", "body": failure.event()})
+        # Else the answer stays unfinished, on which the server closes the connection: a cut answer never looks whole.
+
+    async def _dispatch(self, exchange: Exchange, receive: Receive, send: Send) -> None:
+        path: str = exchange.scope["path"]
+        if self._config.auth and path.startswith("/v1/"):
+            exchange.key_id = authenticate(self._ring, exchange.headers.get(b"authorization")).id
+        endpoint = ENDPOINTS.get(path)
+        if endpoint is None:
+            await self._pages(exchange.scope, receive, send)
+            exchange.endpoint = _page_name(exchange)
+            return
+        exchange.endpoint = path
+        method: str = exchange.scope["method"]
+        if method != "POST":
+            raise wrong_method(method, path, {"allow": "POST"})
+        await self._forward(exchange, receive, send, endpoint)
+
+    async def _forward(self, exchange: Exchange, receive: Receive, send: Send, endpoint: Endpoint) -> None:
+        content_type = exchange.headers.get(b"content-type")
+        as_form = endpoint.body == "multipart" or (endpoint.body == "either" and is_multipart(content_type))
+        if not as_form:
+            check_json_type(content_type)
+        body = await read_body(receive, exchange, self._config.gateway.max_body_bytes)
+        head = multipart_head(body, content_type) if as_form else json_head(body)
+        served = self.directory.find(head.model)
+        exchange.model = served.route.id
+        check_category(endpoint, served.route)
+        async with WhileClientWaits(receive, exchange):
+            if not as_form:
+                body = await self._prepare(body, endpoint, served)
+            with self.metrics.in_flight(served.route.id).track_inprogress():
+                await self._forwarder.forward(exchange, send, served, endpoint.path, body)
+
+    async def _prepare(self, body: bytes, endpoint: Endpoint, served: Served) -> bytes:
+        """The body to forward: nearly always the very bytes that came."""
+        category = served.route.category
+        if endpoint.path == "/v1/completions":
+            return fill_in_middle(body, served.route)
+        if endpoint.path in ("/v1/detections", "/v1/detection"):
+            return await self._pictures.settle(body, "detections")
+        if endpoint.path == "/v1/chat/completions":
+            if category in ("vision", "detection") or "vision" in served.route.capabilities:
+                return await self._pictures.settle(body, "chat")
+            if b'"image_url"' in body and _has_picture(body):
+                raise unsupported_content(served.route)
+        return body
+
+    def _make_upstream(self, id: str, address: str) -> Upstream:
+        return Upstream(id, address, connect_timeout_s=self._config.gateway.connect_timeout_s)
+
+
+def _timed_out(exchange: Exchange, limit_s: float) -> ApiError:
+    if not exchange.model:
+        return ApiError(408, f"The request's body did not come within {limit_s:g} s.", code="request_timeout")
+    return ApiError(
+        504,
+        f"'{exchange.model}' did not finish within {math.ceil(limit_s)} s. Ask for less at once, or have the operator "
+        "raise gateway.request_timeout_s.",
+        code="request_timeout",
+    )
+
+
+def _page_name(exchange: Exchange) -> str:
+    """The metrics' name of a page: its route, never a path that a client made up."""
+    route = exchange.scope.get("route")
+    return str(getattr(route, "path", "other"))
+
+
+def _has_picture(body: bytes) -> bool:
+    """Whether any message has an `image_url` part; called only when the word stands in the body."""
+    messages = parse_object(body).get("messages")
+    if not isinstance(messages, list):
+        return False
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list) and any(
+            isinstance(part, dict) and "image_url" in part for part in content
+        ):
+            return True
+    return False

@@ -1,0 +1,200 @@
+"""The pages that the gateway answers itself: models, health, readiness, metrics, documentation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from engine.errors import ApiError, bad_request, nearest
+from engine.gateway import schemas
+from engine.gateway.documents import add_forwarded
+from engine.gateway.endpoints import ENDPOINTS
+from engine.gateway.metrics import GatewayMetrics
+from engine.gateway.routing import Directory, Served, first_line, remaining_s
+from engine.gateway.scrape import scrape
+
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
+    """The FastAPI application behind the forwarded endpoints."""
+    pages = FastAPI(
+        title="Hearth",
+        version=version("hearth"),
+        description="One OpenAI-format endpoint for chat, code, vision, images, audio, embeddings and detection.",
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _handle_errors(pages)
+
+    @pages.get("/v1/models", tags=["models"], summary="The served models")
+    async def models() -> schemas.ModelList:
+        now = time.time()
+        return schemas.ModelList(data=[card(served, now) for served in directory])
+
+    @pages.get(
+        "/v1/models/{id:path}",
+        tags=["models"],
+        summary="One model, by name or alias",
+        responses={404: {"model": schemas.Error}},
+    )
+    async def model(id: str) -> schemas.ModelCard:
+        return card(directory.find(id), time.time())
+
+    @pages.api_route("/health", methods=["GET", "HEAD"], tags=["server"], summary="The gateway is alive")
+    async def health() -> schemas.Health:
+        return schemas.Health()
+
+    @pages.api_route(
+        "/ready",
+        methods=["GET", "HEAD"],
+        tags=["server"],
+        summary="Every model is warm",
+        responses={503: {"model": schemas.Error}},
+    )
+    async def ready() -> schemas.Readiness:
+        return readiness(directory, time.time())
+
+    @pages.get("/metrics", tags=["server"], summary="Prometheus metrics", response_class=Response)
+    async def prometheus() -> Response:
+        return Response(metrics.text(directory) + await scrape(directory), media_type=_TEXT)
+
+    _document(pages)
+    return pages
+
+
+def card(served: Served, now: float) -> schemas.ModelCard:
+    """A model as the API tells of it."""
+    route = served.route
+    loading = None
+    if not served.upstreams:
+        loading = schemas.Loading(
+            state=route.state, reason=first_line(route.reason), expected_s=remaining_s(route, now)
+        )
+    return schemas.ModelCard(
+        id=route.id,
+        created=route.created,
+        owned_by=route.owned_by,
+        aliases=route.aliases,
+        category=route.category,
+        state=route.state,
+        context_length=route.context_length,
+        capabilities=route.capabilities,
+        loading=loading,
+    )
+
+
+def readiness(directory: Directory, now: float) -> schemas.Readiness:
+    """Says that all is warm.
+
+    A sleeping model is where it should be: it counts as ready.
+
+    Raises:
+        ApiError: 503 `not_ready`, with a row for every model that is not.
+    """
+    rows: list[dict[str, Any]] = []
+    count = 0
+    longest: float | None = 0.0
+    for served in directory:
+        count += 1
+        route = served.route
+        if served.upstreams or route.state == "asleep":
+            continue
+        left = remaining_s(route, now)
+        longest = None if left is None or longest is None else max(longest, left)
+        rows.append(
+            {"id": route.id, "state": route.state, "reason": first_line(route.reason), "expected_s": left}
+        )
+    if count and not rows:
+        return schemas.Readiness(ready=True, models=count)
+    if not count:
+        message = "No model is served yet: the scheduler has published no routes."
+    else:
+        names = ", ".join(f"{row['id']} ({row['state']})" for row in rows)
+        message = f"{len(rows)} of {count} models are not ready: {names}."
+    retry = 5 if longest is None else min(120, max(1, round(longest)))
+    raise ApiError(
+        503,
+        message,
+        code="not_ready",
+        headers={"retry-after": str(retry)},
+        extra={"ready": False, "models": rows},
+    )
+
+
+def _handle_errors(pages: FastAPI) -> None:
+    """Every failure of a page becomes the envelope; an unexpected one is the application's to tell."""
+
+    @pages.exception_handler(ApiError)
+    async def own(request: Request, error: ApiError) -> Response:
+        return envelope(error)
+
+    @pages.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        # Starlette raises the exception again after this answer, so it is logged with its traceback by the application.
+        return envelope(
+            ApiError(500, "Something went wrong here; it is not your request.", code="internal_error")
+        )
+
+    @pages.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return envelope(unknown_path(request.method, request.url.path, pages))
+        if error.status_code == 405:
+            return envelope(wrong_method(request.method, request.url.path, dict(error.headers or {})))
+        return envelope(ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {})))
+
+    @pages.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return envelope(bad_request(f"{where}: {first['msg']}", param=where or None))
+
+
+def envelope(error: ApiError) -> Response:
+    return Response(
+        error.body(), status_code=error.status, headers=error.headers, media_type="application/json"
+    )
+
+
+def unknown_path(method: str, path: str, pages: FastAPI) -> ApiError:
+    """The 404 for a path that is none of ours, with the one that was probably meant."""
+    known = [*ENDPOINTS, "/v1/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json"]
+    shown = path if len(path) <= 200 else path[:200] + "…"
+    with_version = f"/v1{path.rstrip('/')}"
+    if with_version in known:
+        close = [with_version]
+    elif path.rstrip("/") in known:
+        close = [path.rstrip("/")]
+    else:
+        close = nearest(path[:200], known, most=1)
+    hint = f" Did you mean {close[0]}?" if close else " GET /docs lists the endpoints."
+    return ApiError(404, f"There is no {method} {shown} here.{hint}", code="unknown_url")
+
+
+def wrong_method(method: str, path: str, headers: dict[str, str]) -> ApiError:
+    """The 405; `headers` name the methods that are allowed."""
+    allowed = headers.get("Allow") or headers.get("allow") or ""
+    return ApiError(
+        405, f"{path} does not take {method}. Use {allowed}.", code="method_not_allowed", headers=headers
+    )
+
+
+def _document(pages: FastAPI) -> None:
+    """Makes /openapi.json tell of the forwarded endpoints too."""
+    own: Callable[[], dict[str, Any]] = pages.openapi
+
+    def whole() -> dict[str, Any]:
+        if pages.openapi_schema is None:
+            pages.openapi_schema = add_forwarded(own())
+        return pages.openapi_schema
+
+    # FastAPI's documented way to extend its schema is to replace this method on the instance.
+    pages.openapi = whole  # type: ignore[method-assign]

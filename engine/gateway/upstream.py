@@ -1,0 +1,219 @@
+"""The connections to one replica.
+
+The rest of the gateway knows a replica by :class:`Upstream` and an answer by :class:`Answer` alone, so another client
+(one at protocol level, say) can take aiohttp's place here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+
+#: Shorter than the 5 s after which uvicorn closes an idle connection, so that it is rarely closed under a request.
+IDLE_S = 4.0
+#: An answer no longer than this is read whole before its first byte is passed on.
+WHOLE_BYTES = 1024 * 1024
+
+#: Belong to one connection, or are set anew by this gateway.
+_OWN_HEADERS = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"date",
+        b"server",
+        b"x-request-id",
+        b"openai-processing-ms",
+    }
+)
+
+
+class UpstreamLostError(Exception):
+    """The replica could not be reached, or left before its answer was whole.
+
+    `unsent` is true when the replica cannot have begun the work: there was no connection, or it was an idle one from an
+    earlier request that had been closed meanwhile. Such a request may be sent again.
+    """
+
+    def __init__(self, reason: str, *, unsent: bool) -> None:
+        super().__init__(reason)
+        self.unsent = unsent
+
+
+class Answer:
+    """A replica's answer, its status and headers read, its body still coming."""
+
+    __slots__ = ("_response", "headers", "length", "status")
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self.status = response.status
+        self.headers = [
+            (name, value) for key, value in response.raw_headers if (name := key.lower()) not in _OWN_HEADERS
+        ]
+        self.length = response.content_length
+
+    @property
+    def content_type(self) -> bytes:
+        return next((value for name, value in self.headers if name == b"content-type"), b"")
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it is server-sent events."""
+        return self.content_type.lower().startswith(b"text/event-stream")
+
+    async def read(self, limit: int) -> bytes:
+        """The body, cut off after `limit` bytes.
+
+        Raises:
+            UpstreamLostError: it ended too early.
+        """
+        parts: list[bytes] = []
+        size = 0
+        async for chunk in self.chunks():
+            parts.append(chunk)
+            size += len(chunk)
+            if size >= limit:
+                break
+        return b"".join(parts)[:limit]
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes in.
+
+        Raises:
+            UpstreamLostError: it ended too early.
+        """
+        content = self._response.content
+        try:
+            while chunk := await content.readany():
+                yield chunk
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise UpstreamLostError(_words(error), unsent=False) from error
+
+    def close(self) -> None:
+        """Ends it: back to the pool when it was read whole, else the connection is closed and the work cancelled."""
+        self._response.close()
+
+
+class Upstream:
+    """One replica: its address, how many requests it has in hand, its pooled connections."""
+
+    def __init__(self, id: str, address: str, *, connect_timeout_s: float) -> None:
+        self.id = id
+        self.address = address
+        self.in_flight = 0
+        self._connect_timeout_s = connect_timeout_s
+        self._session: aiohttp.ClientSession | None = None
+        self._retired = False
+        self._closing: asyncio.Task[None] | None = None
+
+    async def post(self, path: str, body: bytes, headers: dict[str, str]) -> Answer:
+        """Sends a request and waits for the answer's head.
+
+        Raises:
+            UpstreamLostError: no connection, or the replica left before its first byte.
+        """
+        session = self._session or self._open()
+        connection = SimpleNamespace(reused=False)
+        try:
+            response = await session.post(
+                self._url(path),
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                trace_request_ctx=connection,
+            )
+        except aiohttp.ClientConnectorError as error:
+            raise UpstreamLostError(_words(error), unsent=True) from error
+        except (aiohttp.ConnectionTimeoutError, FileNotFoundError) as error:
+            raise UpstreamLostError(_words(error), unsent=True) from error
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise UpstreamLostError(_words(error), unsent=connection.reused) from error
+        return Answer(response)
+
+    async def text(self, path: str, *, within_s: float) -> str:
+        """The body of a GET, for instance the replica's metrics.
+
+        Raises:
+            UpstreamLostError: it did not answer 200 in time.
+        """
+        session = self._session or self._open()
+        try:
+            async with session.get(
+                self._url(path),
+                timeout=aiohttp.ClientTimeout(total=within_s),
+                headers={"accept": "text/plain"},
+            ) as response:
+                if response.status != 200:
+                    raise UpstreamLostError(f"status {response.status}", unsent=False)
+                return (await response.read()).decode("utf-8", "replace")
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise UpstreamLostError(_words(error), unsent=False) from error
+
+    def taken(self) -> None:
+        """A request goes there."""
+        self.in_flight += 1
+
+    def done(self) -> None:
+        """A request came back, or failed."""
+        self.in_flight -= 1
+        if self._retired and self.in_flight == 0:
+            self._close_soon()
+
+    def retire(self) -> None:
+        """It is out of the table: closed when its last request has ended."""
+        self._retired = True
+        if self.in_flight == 0:
+            self._close_soon()
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def _close_soon(self) -> None:
+        if self._session is not None:
+            self._closing = asyncio.get_running_loop().create_task(self.close())
+
+    def _open(self) -> aiohttp.ClientSession:
+        tracing = aiohttp.TraceConfig()
+        tracing.on_connection_reuseconn.append(_note_reuse)
+        connector: aiohttp.BaseConnector
+        if "://" in self.address:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S)
+        else:
+            connector = aiohttp.UnixConnector(self.address, limit=0, keepalive_timeout=IDLE_S)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout_s),
+            trust_env=False,
+            trace_configs=[tracing],
+            skip_auto_headers=("User-Agent", "Accept-Encoding"),
+        )
+        return self._session
+
+    def _url(self, path: str) -> str:
+        return f"{self.address.rstrip('/')}{path}" if "://" in self.address else f"http://runner{path}"
+
+
+async def _note_reuse(
+    session: aiohttp.ClientSession, context: SimpleNamespace, params: aiohttp.TraceConnectionReuseconnParams
+) -> None:
+    request: Any = context.trace_request_ctx
+    if request is not None:
+        request.reused = True
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
