@@ -1,0 +1,244 @@
+"""The run loop: it alone owns the world. Events come in on one queue; actions go out as effects."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from engine.scheduler.commands import Commands
+from engine.scheduler.launcher import Launcher, LaunchError, describe_exit
+from engine.scheduler.listener import ListenError, Listeners
+from engine.scheduler.messages import (
+    Action,
+    Check,
+    Event,
+    Exited,
+    Gone,
+    Healthy,
+    Launch,
+    Launched,
+    LaunchFailed,
+    Measured,
+    Missed,
+    Progressed,
+    Sweep,
+    Terminate,
+    Warmed,
+    WarmFailed,
+    WarmUp,
+)
+from engine.scheduler.plan import RunnerPlan
+from engine.scheduler.probe import ProbeError, Prober
+from engine.scheduler.reconcile import next_wakeup, reconcile
+from engine.scheduler.transitions import apply, commit
+from engine.scheduler.units import GatewayPlan, PreparationPlan, ProcessRef, Unit, World
+
+log = logging.getLogger(__name__)
+
+#: Between two looks at the progress of preparations, seconds.
+_PROGRESS_S = 0.5
+#: Between two measurements of memory while something warms, and in the steady state, seconds. Reading the
+#: proportional set size of a big process costs milliseconds.
+_MEASURE_WARMING_S = 5.0
+_MEASURE_STEADY_S = 60.0
+
+
+class Clock(Protocol):
+    """Time, as the loop sees it; tests hand in a fake."""
+
+    def now(self) -> float: ...
+
+    async def next_event(self, queue: asyncio.Queue[Event], until: float | None) -> Event | None: ...
+
+
+class RealClock:
+    """Monotonic time."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    async def next_event(self, queue: asyncio.Queue[Event], until: float | None) -> Event | None:
+        """The next event, or None once it is ``until`` (None: wait for ever)."""
+        timeout = None if until is None else max(0.0, until - self.now())
+        try:
+            return await asyncio.wait_for(queue.get(), timeout)
+        except TimeoutError:
+            return None
+
+
+class Supervisor:
+    """Runs a world until it has been stopped and nothing lives."""
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        commands: Commands,
+        launcher: Launcher,
+        prober: Prober,
+        listeners: Listeners,
+        clock: Clock,
+        warm_timeout_s: float,
+        changed: Callable[[], None],
+    ) -> None:
+        """``changed`` is called in the loop after every step that may have changed the world."""
+        self.world = world
+        self._commands = commands
+        self._launcher = launcher
+        self._prober = prober
+        self._listeners = listeners
+        self._clock = clock
+        self._warm_timeout_s = warm_timeout_s
+        self._changed = changed
+        self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def send(self, event: Event) -> None:
+        """Hands an event to the loop; to be called in the loop's thread."""
+        self._queue.put_nowait(event)
+
+    async def run(self) -> None:
+        """Returns once the world was stopped and is empty. Cancelled, it leaves the processes alive."""
+        for unit in self.world.units.values():
+            if unit.process:
+                self._watch(unit, unit.process)
+        background = [asyncio.create_task(self._follow_progress()), asyncio.create_task(self._measure())]
+        try:
+            while True:
+                self._step()
+                if self.world.stop and self.world.empty:
+                    return
+                until = next_wakeup(self.world, self._clock.now())
+                event = await self._clock.next_event(self._queue, until)
+                while event is not None:
+                    apply(self.world, event, self._clock.now())
+                    event = None if self._queue.empty() else self._queue.get_nowait()
+        finally:
+            everything = [*background, *self._tasks]
+            for task in everything:
+                task.cancel()
+            await asyncio.gather(*everything, return_exceptions=True)
+
+    def _step(self) -> None:
+        """Carries out what is due until nothing is."""
+        now = self._clock.now()
+        while actions := reconcile(self.world, now):
+            for action in actions:
+                commit(self.world, action, now)
+                self._execute(action, self.world.units[action.unit])
+        self._changed()
+
+    def _execute(self, action: Action, unit: Unit) -> None:
+        ref = unit.process
+        match action:
+            case Launch():
+                self._launch(unit)
+            case Check() if ref:
+                self._spawn(self._check(unit, ref))
+            case WarmUp() if ref:
+                self._spawn(self._warm(unit, ref))
+            case Terminate() if ref:
+                log.info("%s: %s; ending process %d", unit.id, action.reason, ref.pid)
+                if unit.kind == "gateway" and self.world.stop:
+                    # Our copies would go on taking connections that nobody accepts.
+                    self._listeners.close()
+                self._launcher.terminate(ref)
+            case Sweep() if ref:
+                self._spawn(self._sweep(unit.id, ref, at_once=action.at_once))
+
+    def _launch(self, unit: Unit) -> None:
+        now = self._clock.now()
+        try:
+            ref = self._start(unit)
+        except (LaunchError, ListenError) as error:
+            log.error("%s", error)
+            apply(self.world, LaunchFailed(unit.id, str(error)), now)
+            return
+        log.info("%s: started as process %d", unit.id, ref.pid)
+        apply(self.world, Launched(unit.id, ref), now)
+        self._watch(unit, ref)
+
+    def _start(self, unit: Unit) -> ProcessRef:
+        plan = unit.plan
+        if isinstance(plan, RunnerPlan):
+            weights = self.world.units[plan.preparation].result
+            assert weights is not None, "runners start after their preparation"
+            return self._launcher.launch(self._commands.runner(plan, weights))
+        if isinstance(plan, GatewayPlan):
+            listener = self._listeners.open(plan.index, shared=self._gateways_live())
+            return self._launcher.launch(self._commands.gateway(plan, listener.fileno()))
+        assert isinstance(plan, PreparationPlan), "only what is wanted is started"
+        return self._launcher.launch(self._commands.preparation(plan))
+
+    def _gateways_live(self) -> bool:
+        return any(unit.process for unit in self.world.of_kind("gateway"))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _watch(self, unit: Unit, ref: ProcessRef) -> None:
+        self._spawn(self._await_exit(unit, ref))
+
+    async def _await_exit(self, unit: Unit, ref: ProcessRef) -> None:
+        code = await self._launcher.exited(ref)
+        tail = self._launcher.log_tail(unit.id)
+        reason, detail, result = describe_exit(code), "", None
+        if code and code > 0 and tail:
+            detail = tail[-1]
+        if isinstance(unit.plan, PreparationPlan):
+            progress = self._commands.progress(unit.plan)
+            if progress and progress.stage == "failed" and progress.message:
+                detail = progress.message
+            if code == 0:
+                result = self._commands.prepared_folder(unit.plan)
+                detail = "" if result else "it named no folder that exists"
+        log.info("%s: %s%s", unit.id, reason, f": {detail}" if detail else "")
+        self.send(Exited(unit.id, ref, code, reason, detail, tail, result))
+
+    async def _sweep(self, unit: str, ref: ProcessRef, *, at_once: bool) -> None:
+        await self._launcher.sweep(ref, at_once=at_once)
+        self.send(Gone(unit, ref))
+
+    async def _check(self, unit: Unit, ref: ProcessRef) -> None:
+        try:
+            if isinstance(unit.plan, RunnerPlan):
+                await self._prober.runner_health(unit.plan.spec.socket)
+            else:
+                await self._prober.gateway_health(self._listeners.url)
+        except ProbeError as error:
+            self.send(Missed(unit.id, ref, str(error)))
+        else:
+            self.send(Healthy(unit.id, ref))
+
+    async def _warm(self, unit: Unit, ref: ProcessRef) -> None:
+        assert isinstance(unit.plan, RunnerPlan), "only runners are warmed"
+        try:
+            await self._prober.warm_up(unit.plan, self._warm_timeout_s)
+        except ProbeError as error:
+            self.send(WarmFailed(unit.id, ref, str(error)))
+        else:
+            log.info("%s: ready", unit.id)
+            self.send(Warmed(unit.id, ref))
+
+    async def _follow_progress(self) -> None:
+        while True:
+            for unit in self.world.of_kind("preparation"):
+                if unit.process and isinstance(unit.plan, PreparationPlan):
+                    progress = self._commands.progress(unit.plan)
+                    if progress and progress != unit.progress:
+                        self.send(Progressed(unit.id, progress))
+            await asyncio.sleep(_PROGRESS_S)
+
+    async def _measure(self) -> None:
+        while True:
+            processes = [(u.id, u.process) for u in self.world.units.values() if u.process]
+            for unit, ref in processes:
+                size = await asyncio.to_thread(self._launcher.memory, ref)
+                self.send(Measured(unit, ref, size))
+            steady = all(u.state == "ready" for u in self.world.units.values() if u.process)
+            await asyncio.sleep(_MEASURE_STEADY_S if steady and processes else _MEASURE_WARMING_S)

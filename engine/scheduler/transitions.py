@@ -1,0 +1,223 @@
+"""How the world changes: by an action that is now under way, and by an event that has happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.scheduler.messages import (
+    Action,
+    Check,
+    Event,
+    Exited,
+    Gone,
+    Healthy,
+    Launch,
+    Launched,
+    LaunchFailed,
+    Measured,
+    Missed,
+    Progressed,
+    StopAsked,
+    Sweep,
+    Terminate,
+    Warmed,
+    WarmFailed,
+    WarmUp,
+)
+from engine.scheduler.plan import RunnerPlan
+from engine.scheduler.statefile import UnitRecord
+from engine.scheduler.units import Ending, GatewayPlan, Stop, Unit, UnitKind, UnitPlan, World
+
+
+def _kind_of(plan: UnitPlan) -> UnitKind:
+    if isinstance(plan, RunnerPlan):
+        return "runner"
+    return "gateway" if isinstance(plan, GatewayPlan) else "preparation"
+
+
+def begin(world: World, plans: Iterable[UnitPlan], left: Iterable[UnitRecord], now: float) -> None:
+    """Fills an empty world with what is wanted and with what an earlier scheduler left alive.
+
+    A living process whose plan is unchanged is adopted as it is: one that was ready stays ready, and its next
+    health check will tell. One that is not wanted, or was started otherwise, is there to be ended.
+    """
+    for plan in plans:
+        world.units[plan.id] = Unit(plan.id, _kind_of(plan), plan, since=now)
+    for record in left:
+        unit = world.units.get(record.id)
+        if unit is None:
+            unit = Unit(record.id, record.kind, None, since=now, left_on=record.device)
+            world.units[record.id] = unit
+        unit.process = record.process
+        unit.running = record.fingerprint
+        unit.started_at = now
+        unit.check_due = now
+        unit.launches = 1
+        unit.adopted = True
+        unit.become("ready" if record.state == "ready" else "starting", now)
+        if record.state == "ending" or record.kind == "preparation":
+            # A preparation is begun anew: what it printed is lost.
+            unit.fault = "left over from an earlier scheduler"
+            unit.running = unit.plan.fingerprint if unit.plan else ""
+
+
+def commit(world: World, action: Action, now: float) -> None:
+    """Writes down that an action is under way, before it is carried out."""
+    unit = world.units[action.unit]
+    match action:
+        case Launch():
+            unit.become("starting", now)
+            unit.started_at = now
+            unit.check_due = now + world.policy.start_check_s
+            unit.checking = False
+            unit.warming_asked = False
+            unit.missed = 0
+            unit.fault = ""
+            unit.detail = ""
+            unit.adopted = False
+            unit.log_tail = ()
+            unit.progress = None
+            unit.memory_bytes = None
+            unit.running = unit.plan.fingerprint if unit.plan else ""
+        case Check():
+            unit.checking = True
+        case WarmUp():
+            unit.warming_asked = True
+        case Terminate():
+            if action.then == "backoff":
+                _count_failure(world, unit, now)
+            unit.become(action.state, now, action.reason)
+            unit.ending = Ending(deadline=now + action.grace_s, then=action.then)
+        case Sweep():
+            if unit.ending:
+                unit.ending.swept = True
+
+
+def apply(world: World, event: Event, now: float) -> None:
+    """Takes an event into account; one about a process that is no longer the unit's is ignored."""
+    if isinstance(event, StopAsked):
+        _stop(world, event, now)
+        return
+    unit = world.units.get(event.unit)
+    if unit is None:
+        return
+    match event:
+        case Launched():
+            unit.process = event.process
+            unit.launches += 1
+        case LaunchFailed():
+            _count_failure(world, unit, now)
+            unit.become("backoff", now, "its process could not be started")
+            unit.detail = event.reason
+        case Progressed():
+            unit.progress = event.progress
+        case _:
+            if event.process == unit.process:
+                _apply_to_process(world, unit, event, now)
+
+
+def _apply_to_process(
+    world: World,
+    unit: Unit,
+    event: Exited | Gone | Healthy | Missed | Warmed | WarmFailed | Measured,
+    now: float,
+) -> None:
+    policy = world.policy
+    match event:
+        case Exited():
+            _exited(world, unit, event, now)
+        case Gone():
+            _gone(world, unit, now)
+        case Healthy():
+            unit.checking = False
+            unit.missed = 0
+            unit.check_due = now + policy.health_interval_s
+            if unit.state == "starting" and not unit.ending:
+                unit.become("warming" if unit.kind == "runner" else "ready", now)
+        case Missed():
+            unit.checking = False
+            if unit.state != "ready":
+                unit.check_due = now + policy.start_check_s
+                return
+            unit.check_due = now + policy.health_interval_s
+            if isinstance(unit.plan, GatewayPlan) and not unit.plan.alone:
+                # Workers share one port, so a missed answer does not tell whose it was.
+                return
+            unit.missed += 1
+            if unit.missed >= policy.health_failures:
+                unit.fault = f"no answer to {unit.missed} health checks in a row ({event.reason})"
+        case Warmed():
+            if unit.state == "warming" and not unit.ending:
+                unit.become("ready", now)
+                unit.check_due = now + policy.health_interval_s
+                if isinstance(unit.plan, RunnerPlan) and not unit.adopted:
+                    world.durations[unit.plan.entry.id] = now - unit.started_at
+        case WarmFailed():
+            if unit.state == "warming" and not unit.ending:
+                unit.fault = event.reason
+        case Measured():
+            unit.memory_bytes = event.memory_bytes
+
+
+def _exited(world: World, unit: Unit, event: Exited, now: float) -> None:
+    unit.log_tail = event.log_tail
+    unit.detail = event.detail
+    if unit.ending:
+        # It went as asked; what it may have left behind goes now.
+        unit.ending.deadline = min(unit.ending.deadline, now)
+        unit.ending.exited = True
+        return
+    if unit.kind == "preparation" and event.result is not None:
+        unit.result = event.result
+        unit.ending = Ending(deadline=now, then="ready", exited=True)
+        return
+    if world.stop or unit.plan is None:
+        unit.become("draining", now, event.reason)
+        unit.ending = Ending(deadline=now, then="stopped", exited=True)
+        return
+    _count_failure(world, unit, now)
+    unit.become("failed", now, event.reason)
+    unit.ending = Ending(deadline=now, then="backoff", exited=True)
+
+
+def _gone(world: World, unit: Unit, now: float) -> None:
+    then = unit.ending.then if unit.ending else "backoff"
+    unit.process = None
+    unit.ending = None
+    unit.checking = False
+    unit.memory_bytes = None
+    if unit.plan is None:
+        del world.units[unit.id]
+    elif world.stop:
+        unit.become("stopped", now)
+    elif then == "backoff":
+        unit.become("backoff", now, unit.reason)
+    else:
+        unit.become(then, now)
+        unit.failures = 0
+        unit.retry_at = 0.0
+
+
+def _count_failure(world: World, unit: Unit, now: float) -> None:
+    """Doubles the wait; a unit that had been ready for a good while begins again with the shortest."""
+    policy = world.policy
+    if unit.state == "ready" and now - unit.since >= policy.backoff_max_s:
+        unit.failures = 0
+    unit.failures += 1
+    doublings = min(unit.failures - 1, 30)
+    unit.retry_at = now + min(policy.backoff_max_s, policy.backoff_first_s * 2**doublings)
+
+
+def _stop(world: World, event: StopAsked, now: float) -> None:
+    if world.stop is None:
+        world.stop = Stop(now, drain=event.drain, kill=event.kill)
+        for unit in world.units.values():
+            if unit.process is None:
+                unit.become("stopped", now)
+    else:
+        world.stop.drain = world.stop.drain and event.drain
+        world.stop.kill = world.stop.kill or event.kill
+    if not world.stop.drain:
+        for unit in world.units.values():
+            if unit.ending:
+                unit.ending.deadline = min(unit.ending.deadline, now + world.policy.stop_timeout_s)

@@ -1,0 +1,194 @@
+"""The units that the scheduler looks after, and the world they make up. Data only.
+
+A *unit* is one process group with a purpose: a runner (one replica of a model), a gateway worker, or the
+preparation of a model's weights. The run loop of :mod:`engine.scheduler.supervisor` alone owns a
+:class:`World`; :mod:`engine.scheduler.reconcile` reads it and :mod:`engine.scheduler.events` changes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from engine.routes import ReplicaState
+from engine.scheduler.plan import RunnerPlan
+from models.entry import ModelEntry
+
+UnitKind = Literal["runner", "gateway", "preparation"]
+
+
+@dataclass(frozen=True)
+class ProcessRef:
+    """A process that cannot be mistaken for another one that got its number later.
+
+    ``started`` is the kernel's start time in clock ticks since boot (field 22 of ``/proc/PID/stat``);
+    ``token`` stands in the environment of the process and of all that it starts.
+    """
+
+    pid: int
+    started: int
+    token: str
+
+
+@dataclass(frozen=True)
+class GatewayPlan:
+    """One gateway worker."""
+
+    id: str
+    fingerprint: str
+    settings: Path
+    index: int
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class PreparationPlan:
+    """The weights that runners with one weights key wait for."""
+
+    id: str
+    fingerprint: str
+    entry: ModelEntry
+    serving_id: str
+
+
+UnitPlan = RunnerPlan | GatewayPlan | PreparationPlan
+
+
+@dataclass
+class Ending:
+    """A process group that is on its way out."""
+
+    deadline: float
+    #: What the unit becomes once nothing of the group lives.
+    then: Literal["backoff", "planned", "stopped", "ready"]
+    #: The sweep of the whole group has been asked for.
+    swept: bool = False
+    #: The leader has ended; only what it left behind may still live.
+    exited: bool = False
+
+
+@dataclass
+class Progress:
+    """How far a preparation has come; ``total`` None = unknown."""
+
+    stage: str
+    done: float
+    total: float | None
+    unit: str = ""
+    message: str = ""
+
+
+@dataclass
+class Unit:
+    """One process group with a purpose: as wanted, and as last seen. Times are the loop's clock, seconds."""
+
+    id: str
+    kind: UnitKind
+    plan: UnitPlan | None
+    state: ReplicaState = "planned"
+    since: float = 0.0
+    reason: str = ""
+    #: More on the reason from the log: for the operator's eyes, not for API clients.
+    detail: str = ""
+    log_tail: tuple[str, ...] = ()
+    process: ProcessRef | None = None
+    #: Fingerprint of the plan that the living process was started with.
+    running: str = ""
+    ending: Ending | None = None
+    started_at: float = 0.0
+    failures: int = 0
+    retry_at: float = 0.0
+    check_due: float = 0.0
+    checking: bool = False
+    warming_asked: bool = False
+    missed: int = 0
+    #: Why the living process must go, once something was found wrong with it.
+    fault: str = ""
+    #: The process was taken over from another scheduler: how long its start took is not known.
+    adopted: bool = False
+    launches: int = 0
+    #: Device of a unit that no plan places any more.
+    left_on: str = ""
+    memory_bytes: int | None = None
+    progress: Progress | None = None
+    #: A preparation's outcome: the folder that the engine loads.
+    result: Path | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the plan still asks for it; a unit left over from an older plan is not."""
+        return self.plan is not None
+
+    @property
+    def starting(self) -> bool:
+        """Whether its process is loading now, so that it takes one of its device's start places."""
+        return self.state == "starting" and self.ending is None
+
+    @property
+    def restarts(self) -> int:
+        """Starts after the first one."""
+        return max(0, self.launches - 1)
+
+    @property
+    def device(self) -> str:
+        return self.plan.device if isinstance(self.plan, RunnerPlan) else self.left_on
+
+    @property
+    def needs(self) -> str | None:
+        """Id of the preparation that must have ended well before this unit starts."""
+        return self.plan.preparation if isinstance(self.plan, RunnerPlan) else None
+
+    def become(self, state: ReplicaState, now: float, reason: str = "") -> None:
+        if state != self.state:
+            self.since = now
+        self.state = state
+        self.reason = reason
+        if state == "ready":
+            self.detail = ""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The numbers of ``[scheduler]`` that decisions use; seconds where not said otherwise."""
+
+    start_timeout_s: float = 600.0
+    health_interval_s: float = 2.0
+    health_failures: int = 5
+    backoff_first_s: float = 1.0
+    backoff_max_s: float = 60.0
+    stop_timeout_s: float = 15.0
+    drain_s: float = 30.0
+    gateway_drain_s: float = 30.0
+    concurrent_starts: int = 4
+    #: Between two looks at a process that loads.
+    start_check_s: float = 0.5
+
+
+@dataclass
+class Stop:
+    """A stop that was asked for."""
+
+    since: float
+    drain: bool = True
+    kill: bool = False
+
+
+@dataclass
+class World:
+    """Everything that the run loop knows."""
+
+    policy: Policy = field(default_factory=Policy)
+    units: dict[str, Unit] = field(default_factory=dict)
+    stop: Stop | None = None
+    #: Seconds from start to ready that each model took last time, by model id.
+    durations: dict[str, float] = field(default_factory=dict)
+
+    def of_kind(self, kind: UnitKind) -> Iterator[Unit]:
+        return (unit for unit in self.units.values() if unit.kind == kind)
+
+    @property
+    def empty(self) -> bool:
+        """No process of any unit lives."""
+        return all(unit.process is None for unit in self.units.values())
