@@ -1,4 +1,4 @@
-"""Scenes of one coloured shape on a coloured background, their pictures and their captions."""
+"""Scenes of one coloured shape on a coloured background, and their pictures."""
 
 from __future__ import annotations
 
@@ -19,25 +19,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle")
 
-PHRASINGS = (
-    "{c} {s} on {b} background",
-    "{c} {s} on {b} background",
-    "{c} {s} on {b}",
-    "{cc} {s}, {bb} background",
-    "{cc} {s} on {bb} background",
-    "{cc} {s} on {bb}",
-    "picture of {c} {s} on {b} background",
-    "photo of {c} {s} in front of {b} background",
-    "draw {c} {s} on {b} background",
-    "{b} background with {c} {s}",
-    "on {b} background, {c} {s}",
-    "an image of {c} {s} with {b} background",
-)
-HELD_OUT_PHRASINGS = (
-    "please paint one {cc} {s} over {b} background",
-    "{c} {s} drawn on {b} background",
-)
-
 
 @dataclass(frozen=True)
 class Scene:
@@ -46,20 +27,6 @@ class Scene:
     shape: str
     colour: str
     background: str
-
-    def caption(self, phrasing: str) -> str:
-        """The scene in words; `{c}`/`{b}` take an article, `{cc}`/`{bb}` do not."""
-
-        def article(word: str) -> str:
-            return f"an {word}" if word[0] in "aeiou" else f"a {word}"
-
-        return phrasing.format(
-            c=article(self.colour),
-            b=article(self.background),
-            cc=self.colour,
-            bb=self.background,
-            s=self.shape,
-        )
 
 
 def scenes() -> tuple[list[Scene], list[Scene]]:
@@ -70,24 +37,7 @@ def scenes() -> tuple[list[Scene], list[Scene]]:
     return every[held:], every[:held]
 
 
-def random_caption(scene: Scene, rng: random.Random) -> str:
-    """A training caption; sometimes with words the tokenizer does not know around it."""
-    text = scene.caption(rng.choice(PHRASINGS))
-    roll = rng.random()
-    if roll < 0.1:
-        text = "zzz " * rng.randint(1, 2) + text
-    elif roll < 0.15:
-        text = text + ", zzz zzz"
-    elif roll < 0.25:
-        words = text.split()
-        keep = {scene.colour, scene.background, scene.shape, f"{scene.colour},"}
-        text = " ".join("zzz" if w not in keep and rng.random() < 0.25 else w for w in words)
-    return text
-
-
-def draw(
-    batch: list[Scene], height: int, width: int, generator: torch.Generator
-) -> torch.Tensor:
+def draw(batch: list[Scene], height: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """Draw each scene with a slightly random place and size.
 
     Returns [N, 3, height, width] in 0..1, antialiased over one pixel through the shape's signed

@@ -10,20 +10,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from models.tiny.image.drawing import COLOURS, HELD_OUT_PHRASINGS, PHRASINGS, SHAPES
+from models.tiny.image.captions import every_training_word
+from models.tiny.image.drawing import COLOURS, SHAPES
 
 LATENT_CHANNELS = 8
-MAX_TOKENS = 24
+MAX_TOKENS = 32
 
 
 def vocabulary() -> dict[str, int]:
-    """Every word of the training captions; what only held-out phrasings use is unknown."""
-    text = " ".join(PHRASINGS)
-    words = sorted(set(re.findall(r"[a-z]+|,", re.sub(r"\{\w+\}", " ", text))) | {"a", "an"})
+    """Every word of the training captions; what only held-out wordings use is unknown."""
+    text = " ".join(sorted(every_training_word()))
+    words = sorted(set(re.findall(r"[a-z]+|[^\w\s]", re.sub(r"\{\w+\}", " ", text))))
     specials = ["<pad>", "<unk>", "<start>", "<end>"]
-    assert HELD_OUT_PHRASINGS
-    every = [*specials, *words, *COLOURS, *SHAPES, "."]
-    return {word: index for index, word in enumerate(dict.fromkeys(every))}
+    return {word: index for index, word in enumerate(dict.fromkeys([*specials, *words, *COLOURS, *SHAPES]))}
 
 
 def build_tokenizer() -> Any:
@@ -89,10 +88,10 @@ def build_denoiser() -> Any:
         sample_size=8,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
-        block_out_channels=(96, 160),
+        block_out_channels=(128, 128),
         layers_per_block=1,
         cross_attention_dim=128,
         attention_head_dim=4,
@@ -105,5 +104,5 @@ def build_scheduler() -> Any:
     from diffusers import DPMSolverMultistepScheduler
 
     return DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, steps_offset=1
     )

@@ -1,142 +1,34 @@
 """Train the tiny text-to-image model: text encoder, then autoencoder, then denoiser.
 
-    python -m models.tiny.image.train --minutes 20 [--resume]
+    python -m models.tiny.image.train [--resume] [--steps 4000]
+    python -m models.tiny.image.train --continue-weights models/tiny/image/weights
 
-Fixed seeds; each stage writes a checkpoint to the work folder every minute and `--resume` goes
-on from it. The minutes are shared out 6 % / 24 % / 70 %.
+Fixed seeds. Every stage writes a checkpoint to the work folder each minute and ``--resume`` goes on from it,
+with another number of steps if so asked. ``--continue-weights`` starts the denoiser from an exported pipeline
+and leaves its text encoder and autoencoder as they are.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import random
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 from torch.nn import functional
 
-from models.tiny.image import networks
-from models.tiny.image.drawing import COLOURS, SHAPES, draw, random_caption, scenes
+import models.tiny.vision.plain_torch  # noqa: F401 - must come before diffusers and transformers
+from models.tiny.image import export, networks
+from models.tiny.image.captions import random_caption
+from models.tiny.image.drawing import COLOURS, SHAPES, Scene, draw, scenes
+from models.tiny.image.stage import Stage, console
 
 WORK = Path("var/train-image")
+#: (height, width) of a batch of training pictures; most are square, so that wide and tall ones work too.
 SIZES = ((64, 64), (64, 64), (64, 64), (64, 64), (64, 64), (64, 64), (64, 96), (96, 64))
-console = Console()
-
-
-class Stage:
-    """One network's training loop: its clock, schedule, averaged weights and checkpoint."""
-
-    def __init__(
-        self, name: str, module: nn.Module, minutes: float, rate: float, resume: bool
-    ) -> None:
-        self.name, self.module, self.rate = name, module, rate
-        self.seconds, self.spent, self.step = minutes * 60, 0.0, 0
-        self.optimiser = torch.optim.AdamW(
-            module.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01
-        )
-        self.average = {k: v.detach().clone() for k, v in module.state_dict().items()}
-        self.path = WORK / f"{name}.pt"
-        if resume and self.path.exists():
-            saved = torch.load(self.path, weights_only=True)
-            module.load_state_dict(saved["module"])
-            self.optimiser.load_state_dict(saved["optimiser"])
-            self.average, self.step, self.spent = saved["average"], saved["step"], saved["spent"]
-
-    def steps(self) -> Iterator[int]:
-        """Step numbers until the stage's time is spent; checkpoints and prints on the way."""
-        last, saved = time.monotonic(), time.monotonic()
-        while self.spent < self.seconds:
-            done = self.spent / self.seconds
-            warm = min(1.0, (self.step + 1) / 100)
-            rate = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-            for group in self.optimiser.param_groups:
-                group["lr"] = rate
-            yield self.step
-            now = time.monotonic()
-            self.spent, last = self.spent + now - last, now
-            self.step += 1
-            if now - saved > 60:
-                self.save()
-                saved = now
-        self.save()
-
-    def update(self, loss: torch.Tensor) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimiser.step()
-        keep = min(0.998, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            live = self.module.state_dict()
-            floats = [k for k, v in live.items() if v.is_floating_point()]
-            torch._foreach_lerp_(
-                [self.average[k] for k in floats], [live[k] for k in floats], 1 - keep
-            )
-        if self.step % 50 == 0:
-            done = f"{self.spent:.0f}/{self.seconds:.0f} s"
-            console.print(f"{self.name} step {self.step} loss {float(loss):.4f} {done}")
-
-    def save(self) -> None:
-        state = {
-            "module": self.module.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "average": self.average,
-            "step": self.step,
-            "spent": self.spent,
-        }
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.path)
-
-    def finish(self) -> None:
-        """Leave the averaged weights in the module."""
-        self.module.load_state_dict(self.average)
-        self.module.requires_grad_(False).eval()
-
-
-def train_text(minutes: float, resume: bool) -> tuple[Any, Any]:
-    """Teach the text encoder what a caption says, by naming its three words from the last token.
-
-    This costs a minute and spares the denoiser from finding out which colour belongs to what.
-    """
-    tokenizer, encoder = networks.build_tokenizer(), networks.build_text_encoder()
-    heads = nn.ModuleDict(
-        {
-            "shape": nn.Linear(128, len(SHAPES)),
-            "colour": nn.Linear(128, len(COLOURS)),
-            "background": nn.Linear(128, len(COLOURS)),
-        }
-    )
-    both = nn.ModuleDict({"encoder": encoder, "heads": heads})
-    stage = Stage("text", both, minutes, 1e-3, resume)
-    train, _ = scenes()
-    rng = random.Random(1 + stage.step)
-    colours = list(COLOURS)
-    for _step in stage.steps():
-        batch = rng.choices(train, k=64)
-        ids = tokens(tokenizer, [random_caption(s, rng) for s in batch])
-        last = encoder(ids).last_hidden_state[:, -1]
-        loss = (
-            functional.cross_entropy(
-                heads["shape"](last), torch.tensor([SHAPES.index(s.shape) for s in batch])
-            )
-            + functional.cross_entropy(
-                heads["colour"](last), torch.tensor([colours.index(s.colour) for s in batch])
-            )
-            + functional.cross_entropy(
-                heads["background"](last),
-                torch.tensor([colours.index(s.background) for s in batch]),
-            )
-        )
-        stage.update(loss)
-    stage.finish()
-    return tokenizer, encoder
+BATCH = 32
 
 
 def tokens(tokenizer: Any, captions: list[str]) -> torch.Tensor:
@@ -151,17 +43,54 @@ def tokens(tokenizer: Any, captions: list[str]) -> torch.Tensor:
     return ids
 
 
-def train_autoencoder(minutes: float, resume: bool) -> Any:
-    """Pictures to latents and back: L1, with noise on the latents so that they are smooth."""
+def train_text(steps: int, resume: bool) -> tuple[Any, Any]:
+    """Teach the text encoder what a caption says, by naming its three words from every token after it.
+
+    This costs a minute or two and spares the denoiser from finding out which colour belongs to what: most of
+    what its cross-attention sees is padding, and each padding token then says it all.
+    """
+    torch.manual_seed(1)
+    tokenizer, encoder = networks.build_tokenizer(), networks.build_text_encoder()
+    sizes = {"shape": len(SHAPES), "colour": len(COLOURS), "background": len(COLOURS)}
+    heads = nn.ModuleDict({name: nn.Linear(128, size) for name, size in sizes.items()})
+    both = nn.ModuleDict({"encoder": encoder, "heads": heads})
+    stage = Stage("text", both, steps=steps, rate=1e-3, work=WORK, resume=resume)
+    train, _ = scenes()
+    rng = random.Random(1 + stage.step)
+    colours = list(COLOURS)
+    for step in stage.steps():
+        batch = rng.choices(train, k=64)
+        ids = tokens(tokenizer, [random_caption(s, rng) for s in batch])
+        after = (ids == tokenizer.eos_token_id) | (ids == tokenizer.pad_token_id)
+        hidden = encoder(ids).last_hidden_state
+        truth = {
+            "shape": [SHAPES.index(s.shape) for s in batch],
+            "colour": [colours.index(s.colour) for s in batch],
+            "background": [colours.index(s.background) for s in batch],
+        }
+        loss, right = torch.zeros(()), torch.ones(len(batch), dtype=torch.bool)
+        for name, answers in truth.items():
+            scores = heads[name](hidden)
+            wanted = torch.tensor(answers)[:, None].expand_as(ids)
+            loss = loss + functional.cross_entropy(scores[after], wanted[after])
+            right &= scores[:, -1].argmax(-1) == wanted[:, -1]
+        stage.update(loss)
+        if step % 50 == 0:
+            console.print(f"text: {float(right.float().mean()):.0%} of the captions read rightly")
+    stage.finish()
+    return tokenizer, encoder
+
+
+def train_autoencoder(steps: int, resume: bool) -> Any:
+    """Pictures to latents and back; noise on the latents makes small errors in them small in the picture."""
     torch.manual_seed(2)
     model = networks.build_autoencoder().to(memory_format=torch.channels_last)
-    stage = Stage("autoencoder", model, minutes, 2e-3, resume)
-    every = sum(scenes(), [])
+    stage = Stage("autoencoder", model, steps=steps, rate=1e-3, work=WORK, resume=resume)
+    every = [scene for part in scenes() for scene in part]
     rng = random.Random(2 + stage.step)
     generator = torch.Generator().manual_seed(2 + stage.step)
     for _step in stage.steps():
-        size = 64 if rng.random() < 0.7 else 48
-        pictures = draw(rng.choices(every, k=32), size, size, generator) * 2 - 1
+        pictures = draw(rng.choices(every, k=BATCH), 64, 64, generator) * 2 - 1
         pictures = pictures.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.encoder(pictures).float()
@@ -179,52 +108,88 @@ def train_autoencoder(minutes: float, resume: bool) -> Any:
     return model
 
 
+class LatentPictures:
+    """Latents of training pictures, encoded once: encoding anew each step would cost more than it teaches.
+
+    Args:
+        copies: drawings of each scene, each at its own place and size.
+    """
+
+    def __init__(self, autoencoder: Any, train: list[Scene], copies: int) -> None:
+        self.train = train
+        generator = torch.Generator().manual_seed(4)
+        self.by_size: dict[tuple[int, int], torch.Tensor] = {}
+        for height, width in dict.fromkeys(SIZES):
+            rounds = []
+            for _ in range(copies if height == width else copies // 3):
+                pictures = draw(train, height, width, generator) * 2 - 1
+                with torch.no_grad():
+                    rounds.append(autoencoder.encoder(pictures) * autoencoder.config.scaling_factor)
+            self.by_size[height, width] = torch.stack(rounds)
+        console.print("latents encoded")
+
+    def batch(self, rng: random.Random) -> tuple[list[Scene], torch.Tensor]:
+        """BATCH scenes and their latents [BATCH, channels, h, w], all of one size."""
+        latents = self.by_size[rng.choice(SIZES)]
+        copies = torch.tensor([rng.randrange(len(latents)) for _ in range(BATCH)])
+        picks = [rng.randrange(len(self.train)) for _ in range(BATCH)]
+        return [self.train[i] for i in picks], latents[copies, torch.tensor(picks)]
+
+
 def train_denoiser(
-    tokenizer: Any, encoder: Any, autoencoder: Any, minutes: float, resume: bool
+    tokenizer: Any, encoder: Any, autoencoder: Any, model: Any, steps: int, rate: float, resume: bool
 ) -> Any:
     """Flow matching: predict noise - latents on the straight path between them."""
-    torch.manual_seed(3)
-    model = networks.build_denoiser().to(memory_format=torch.channels_last)
     console.print(f"denoiser {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    stage = Stage("denoiser", model, minutes, 1.5e-3, resume)
+    model = model.requires_grad_(True).train().to(memory_format=torch.channels_last)
+    stage = Stage("denoiser", model, steps=steps, rate=rate, work=WORK, resume=resume)
     train, _ = scenes()
+    pictures = LatentPictures(autoencoder, train, copies=48)
     rng = random.Random(3 + stage.step)
     generator = torch.Generator().manual_seed(3 + stage.step)
-    scale = autoencoder.config.scaling_factor
     for _step in stage.steps():
-        height, width = rng.choice(SIZES)
-        batch = rng.choices(train, k=32)
+        batch, clean = pictures.batch(rng)
         captions = ["" if rng.random() < 0.1 else random_caption(s, rng) for s in batch]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            pictures = draw(batch, height, width, generator) * 2 - 1
-            pictures = pictures.contiguous(memory_format=torch.channels_last)
-            clean = autoencoder.encoder(pictures).float() * scale
-            words = encoder(tokens(tokenizer, captions)).last_hidden_state.float()
+        with torch.no_grad():
+            words = encoder(tokens(tokenizer, captions)).last_hidden_state
         noise = torch.randn(clean.shape, generator=generator)
         sigma = torch.sigmoid(torch.randn(len(batch), generator=generator) + 0.2)
         part = sigma[:, None, None, None]
-        mixed = (1 - part) * clean + part * noise
+        mixed = ((1 - part) * clean + part * noise).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            flow = model(
-                mixed.contiguous(memory_format=torch.channels_last), sigma * 1000, words
-            ).sample
+            flow = model(mixed, sigma * 1000, words).sample
         stage.update(functional.mse_loss(flow.float(), noise - clean))
     stage.finish()
     return model
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=20.0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--text-steps", type=int, default=1200)
+    parser.add_argument("--autoencoder-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=4000, help="of the denoiser")
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the denoiser")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help=f"go on from the checkpoints in {WORK}")
+    parser.add_argument("--continue-weights", type=Path, help="an exported pipeline to start from")
+    parser.add_argument("--out", type=Path, default=export.WEIGHTS, help="where the pipeline is written")
     options = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
-    torch.manual_seed(1)
-    tokenizer, encoder = train_text(options.minutes * 0.06, options.resume)
-    autoencoder = train_autoencoder(options.minutes * 0.24, options.resume)
-    train_denoiser(tokenizer, encoder, autoencoder, options.minutes * 0.70, options.resume)
+    if options.continue_weights:
+        pipeline = export.load(options.continue_weights)
+        tokenizer, encoder, autoencoder = pipeline.tokenizer, pipeline.text_encoder, pipeline.vae
+        denoiser = pipeline.unet
+    else:
+        tokenizer, encoder = train_text(options.text_steps, options.resume)
+        autoencoder = train_autoencoder(options.autoencoder_steps, options.resume)
+        torch.manual_seed(3)
+        denoiser = networks.build_denoiser()
+    denoiser = train_denoiser(
+        tokenizer, encoder, autoencoder, denoiser, options.steps, options.rate, options.resume
+    )
+    export.save(options.out, tokenizer, encoder, autoencoder, denoiser)
+    console.print(f"written to {options.out}")
 
 
 if __name__ == "__main__":
