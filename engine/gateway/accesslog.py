@@ -12,7 +12,7 @@ _MOST_PATH = 120
 
 
 def log_request(exchange: Exchange, status: int) -> None:
-    """Writes the line: what was asked, how it ended, how long it took (to the first byte, in all), bytes in and out."""
+    """Writes the line: what was asked, how it ended, times to the first byte and in all, bytes in and out."""
     scope = exchange.scope
     first = "-" if exchange.first_byte_s is None else f"{exchange.first_byte_s * 1000:.1f}"
     access.info(

@@ -1,8 +1,8 @@
 """The gateway's ASGI application: authenticates, admits, routes, records.
 
-The life of a request: an id, the key, the body (bounded), `model` and `stream` read from it, the model's row of the route
-table, pictures made safe, a replica chosen, bytes passed both ways, one log line. Forwarded paths are matched before
-FastAPI, which answers everything else.
+The life of a request: an id, the key, the body (bounded), `model` and `stream` read from it, the model's
+row of the route table, pictures made safe, a replica chosen, bytes passed both ways, one log line.
+Forwarded paths are matched before FastAPI, which answers everything else.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Gateway:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request; every failure ends here, as an envelope or (in mid-answer) a closed connection."""
+        """Answers one request; every failure ends here: an envelope or, in mid-answer, a closed connection."""
         exchange: Exchange = scope[_EXCHANGE]
         limit_s = self._config.gateway.request_timeout_s
         try:
@@ -121,7 +121,8 @@ class Gateway:
             await send_error(send, failure)
         elif not exchange.complete and exchange.is_events:
             await send({"type": "http.response.body", "body": failure.event()})
-        # Else the answer stays unfinished, on which the server closes the connection: a cut answer never looks whole.
+        # Else the answer stays unfinished, on which the server closes the connection: a cut answer never
+        # looks whole.
 
     async def _dispatch(self, exchange: Exchange, receive: Receive, send: Send) -> None:
         path: str = exchange.scope["path"]
@@ -177,8 +178,8 @@ def _timed_out(exchange: Exchange, limit_s: float) -> ApiError:
         return ApiError(408, f"The request's body did not come within {limit_s:g} s.", code="request_timeout")
     return ApiError(
         504,
-        f"'{exchange.model}' did not finish within {math.ceil(limit_s)} s. Ask for less at once, or have the operator "
-        "raise gateway.request_timeout_s.",
+        f"'{exchange.model}' did not finish within {math.ceil(limit_s)} s. Ask for less at once, or have "
+        "the operator raise gateway.request_timeout_s.",
         code="request_timeout",
     )
 

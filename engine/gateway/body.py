@@ -95,8 +95,8 @@ def json_head(body: bytes) -> Head:
     """`model` and `stream` of a JSON body; everything else is skipped, not built.
 
     Raises:
-        ApiError: 400 for an empty body, one that is not UTF-8, not JSON, not an object, or whose model or stream is
-            missing or of a wrong type.
+        ApiError: 400 for an empty body, one that is not UTF-8, not JSON, not an object, or whose model or
+            stream is missing or of a wrong type.
     """
     if not body:
         raise bad_request("The request has no body. Send a JSON object.", code="invalid_json")
@@ -106,7 +106,7 @@ def json_head(body: bytes) -> Head:
             body.decode("utf-8")
         except UnicodeDecodeError as error:
             raise bad_request(
-                f"The request body is not UTF-8: byte {error.start} (0x{body[error.start]:02x}) is out of place.",
+                f"The request body is not UTF-8: byte {error.start} (0x{body[error.start]:02x}) is wrong.",
                 code="invalid_encoding",
             ) from None
     try:

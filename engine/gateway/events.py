@@ -16,9 +16,10 @@ class EventBuffer:
     A client therefore never sees half an event followed by an error: what it has read is always whole.
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("_held", "_model")
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
+        self._model = model
         self._held = b""
 
     def feed(self, chunk: bytes) -> bytes:
@@ -32,7 +33,7 @@ class EventBuffer:
             self._held = chunk[end:]
             chunk = chunk[:end]
         if _ERROR in chunk:
-            return b"".join(normalised_event(event) for event in _split(chunk))
+            return b"".join(normalised_event(event, self._model) for event in _split(chunk))
         return chunk
 
     def rest(self) -> bytes:

@@ -1,4 +1,4 @@
-"""One request and its answer: the names, times and byte counts that headers, metrics and the log line need."""
+"""One request and its answer: the names, times and byte counts that headers, metrics and log need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fill in the middle: `suffix` of a completion, written as the prompt that a code model was trained on. Pure functions."""
+"""Fill in the middle: `suffix` of a completion, written as the prompt that a code model knows. Pure."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def fill_in_middle(body: bytes, route: ModelRoute) -> bytes:
         return msgspec.json.encode(request)
     if route.fim_template is None:
         raise bad_request(
-            f"'{route.id}' cannot fill in the middle: it has no template for 'suffix'. Leave 'suffix' out, or use a "
-            "model with the capability 'fim' (GET /v1/models lists them).",
+            f"'{route.id}' cannot fill in the middle: it has no template for 'suffix'. Leave 'suffix' out, or "
+            "use a model with the capability 'fim' (GET /v1/models lists them).",
             param="suffix",
             code="unsupported_parameter",
         )

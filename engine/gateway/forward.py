@@ -33,7 +33,8 @@ class Forwarder:
         """Answers the request with what a replica of the model says.
 
         Raises:
-            ApiError: 429 all replicas full; 503 none ready, or lost before anything had been sent to the client.
+            ApiError: 429 all replicas full; 503 none ready, or lost before anything had been sent to the
+            client.
         """
         headers = {
             name.decode("latin-1"): value.decode("latin-1")
@@ -92,11 +93,12 @@ class Forwarder:
 
     async def _stream_events(self, exchange: Exchange, send: Send, served: Served, answer: Answer) -> None:
         """Server-sent events; a failure becomes a last event."""
-        events = EventBuffer()
+        events = EventBuffer(served.route.id)
         chunks = answer.chunks()
         ready = b""
         while not ready:
-            # The status is held back until there is an event: a replica lost before is a plain, retryable 503.
+            # The status is held back until there is an event: a replica lost before is a plain, retryable
+            # 503.
             chunk = await anext(chunks, None)
             if chunk is None:
                 break

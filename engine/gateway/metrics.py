@@ -1,7 +1,7 @@
 """The gateway's own Prometheus metrics.
 
-With several workers prometheus_client keeps the values in files of one folder (PROMETHEUS_MULTIPROC_DIR, which must be set
-before that library is imported), and any worker's /metrics tells the sum of all.
+With several workers prometheus_client keeps the values in files of one folder (PROMETHEUS_MULTIPROC_DIR,
+which must be set before that library is imported), and any worker's /metrics tells the sum of all.
 """
 
 from __future__ import annotations

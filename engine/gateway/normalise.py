@@ -1,7 +1,8 @@
 """Errors of runners, rewritten into OpenAI's envelope. Pure functions.
 
-vLLM's own server puts a number in `code` and names of its own in `type`; FastAPI says `{"detail": …}`; our runners say
-what a client should read. Whatever comes, a client sees one shape, and never the inside of a process.
+vLLM's own server puts a number in `code` and names of its own in `type`; FastAPI says `{"detail": …}`; our
+runners say what a client should read. Whatever comes, a client sees one shape, and never the inside of a
+process.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def normalised(status: int, body: bytes, headers: list[tuple[bytes, bytes]], mod
     if status >= 500 and (not own or _INSIDE.search(message)):
         log.error("the runner of %s answered %d: %s", model, status, _shortened(message or repr(body[:500])))
         if status not in (501, 503) or not message or _INSIDE.search(message):
-            message = f"The runner of '{model}' failed on this request (status {status}). The operator's log says why."
+            message = f"The runner of '{model}' failed on this request. The operator's log says why."
     message = _shortened(message) or f"The runner of '{model}' refused the request with status {status}."
     return ApiError(
         status,
@@ -65,7 +66,7 @@ def normalised(status: int, body: bytes, headers: list[tuple[bytes, bytes]], mod
     )
 
 
-def normalised_event(event: bytes) -> bytes:
+def normalised_event(event: bytes, model: str) -> bytes:
     """A server-sent event; rewritten when it is an error, else the very bytes."""
     if not event.lstrip().startswith(b"data: {"):
         return event
@@ -81,7 +82,7 @@ def normalised_event(event: bytes) -> bytes:
     status = code if isinstance(code, int) and 400 <= code <= 599 else 500
     if isinstance(error, dict) and error.get("type") in _OWN_TYPES and not isinstance(code, int):
         return event
-    return normalised(status, data, [], "the model").event()
+    return normalised(status, data, [], model).event()
 
 
 def _read(body: bytes) -> tuple[str, str | None, str | None, Any]:

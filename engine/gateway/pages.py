@@ -28,7 +28,7 @@ def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
     pages = FastAPI(
         title="Hearth",
         version=version("hearth"),
-        description="One OpenAI-format endpoint for chat, code, vision, images, audio, embeddings and detection.",
+        description="One OpenAI-format endpoint: chat, code, vision, images, audio, embeddings, detection.",
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -138,7 +138,8 @@ def _handle_errors(pages: FastAPI) -> None:
 
     @pages.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        # Starlette raises the exception again after this answer, so it is logged with its traceback by the application.
+        # Starlette raises the exception again after this answer, so it is logged with its traceback by the
+        # application.
         return envelope(
             ApiError(500, "Something went wrong here; it is not your request.", code="internal_error")
         )

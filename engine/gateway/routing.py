@@ -60,8 +60,8 @@ class Served:
         if most is not None and best.in_flight >= most:
             raise ApiError(
                 429,
-                f"'{self.route.id}' is busy: each of its {len(self.upstreams)} replicas has {most} requests in "
-                "hand. Try again in a second.",
+                f"'{self.route.id}' is busy: each of its {len(self.upstreams)} replicas has {most} requests "
+                "in hand. Try again in a second.",
                 code="rate_limit_exceeded",
                 headers={"retry-after": "1"},
             )
@@ -80,7 +80,7 @@ class Directory:
         self._changed = asyncio.Event()
 
     def replace(self, table: RouteTable) -> None:
-        """Takes a new table. Replicas that stay keep their connections and counts; those gone are let finish."""
+        """Takes a new table. Replicas that stay keep connections and counts; those gone are let finish."""
         before = self._upstreams
         self._upstreams = {}
         self._served = {}

@@ -1,7 +1,7 @@
 """The requests and answers of the API, for its OpenAPI page.
 
-They document; nothing is checked against them. A request goes to its runner as it came, so a field that only an engine
-knows works too.
+They document; nothing is checked against them. A request goes to its runner as it came, so a field that
+only an engine knows works too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ class ChatMessage(_Open):
 
 
 class ChatCompletionRequest(_Open):
-    """OpenAI's chat completion request; models of the categories chat, code (capability `chat`), vision, detection."""
+    """OpenAI's chat completion request.
+
+    For models of the categories chat, code (with the capability `chat`), vision and detection.
+    """
 
     model: str = _MODEL
     messages: list[ChatMessage]
@@ -69,7 +72,7 @@ class Usage(_Open):
 
 
 class ChatCompletion(_Open):
-    """With `stream`, server-sent events of `chat.completion.chunk` objects instead, ended by `data: [DONE]`."""
+    """With `stream`: server-sent events of `chat.completion.chunk` objects, ended by `data: [DONE]`."""
 
     id: str
     object: Literal["chat.completion"]

@@ -1,7 +1,7 @@
 """The connections to one replica.
 
-The rest of the gateway knows a replica by :class:`Upstream` and an answer by :class:`Answer` alone, so another client
-(one at protocol level, say) can take aiohttp's place here.
+The rest of the gateway knows a replica by :class:`Upstream` and an answer by :class:`Answer` alone, so
+another client (one at protocol level, say) can take aiohttp's place here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 import aiohttp
 
-#: Shorter than the 5 s after which uvicorn closes an idle connection, so that it is rarely closed under a request.
+#: Shorter than the 5 s after which uvicorn closes an idle connection, so that it is rarely closed under a
+#: request.
 IDLE_S = 4.0
 #: An answer no longer than this is read whole before its first byte is passed on.
 WHOLE_BYTES = 1024 * 1024
+_SLICE_BYTES = 128 * 1024
 
 #: Belong to one connection, or are set anew by this gateway.
 _OWN_HEADERS = frozenset(
@@ -40,8 +42,8 @@ _OWN_HEADERS = frozenset(
 class UpstreamLostError(Exception):
     """The replica could not be reached, or left before its answer was whole.
 
-    `unsent` is true when the replica cannot have begun the work: there was no connection, or it was an idle one from an
-    earlier request that had been closed meanwhile. Such a request may be sent again.
+    `unsent` is true when the replica cannot have begun the work: there was no connection, or it was an idle
+    one from an earlier request that had been closed meanwhile. Such a request may be sent again.
     """
 
     def __init__(self, reason: str, *, unsent: bool) -> None:
@@ -100,7 +102,7 @@ class Answer:
             raise UpstreamLostError(_words(error), unsent=False) from error
 
     def close(self) -> None:
-        """Ends it: back to the pool when it was read whole, else the connection is closed and the work cancelled."""
+        """Ends it: pooled when it was read whole, else the connection is closed, which cancels the work."""
         self._response.close()
 
 
@@ -124,10 +126,14 @@ class Upstream:
         """
         session = self._session or self._open()
         connection = SimpleNamespace(reused=False)
+        data: bytes | AsyncIterator[memoryview] = body
+        if len(body) > _SLICE_BYTES:
+            data = _slices(body)
+            headers = {**headers, "content-length": str(len(body))}
         try:
             response = await session.post(
                 self._url(path),
-                data=body,
+                data=data,
                 headers=headers,
                 allow_redirects=False,
                 trace_request_ctx=connection,
@@ -205,6 +211,13 @@ class Upstream:
 
     def _url(self, path: str) -> str:
         return f"{self.address.rstrip('/')}{path}" if "://" in self.address else f"http://runner{path}"
+
+
+async def _slices(body: bytes) -> AsyncIterator[memoryview]:
+    """A long body piece by piece: handed over whole, it would be copied again behind the request's head."""
+    view = memoryview(body)
+    for start in range(0, len(body), _SLICE_BYTES):
+        yield view[start : start + _SLICE_BYTES]
 
 
 async def _note_reuse(

@@ -74,7 +74,7 @@ def read_keys(file: Path) -> list[Key]:
 
 
 def add_key(file: Path, key: str, *, name: str = "") -> Key:
-    """Adds a key to the file (made with its folder where missing); a key that is there already is left as it is.
+    """Adds a key to the file, which is made where missing; a key that is there already stays as it is.
 
     Raises:
         ValueError: the key is empty or has spaces or characters that no HTTP header can carry.
@@ -131,7 +131,8 @@ class KeyRing:
     def find(self, token: str) -> Key | None:
         """The entry of a key, or None.
 
-        The look-up is by the digest, whose bytes a caller cannot steer; the hit is then compared in constant time.
+        The look-up is by the digest, whose bytes a caller cannot steer; the hit is then compared in
+        constant time.
         """
         self._refresh()
         digest = digest_of(token)
