@@ -78,6 +78,11 @@ def to_input(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
+# In the order of batches.LABELS. Shape and colour are averaged over all patches though few show a shape;
+# three brings them level with the counts, which are averaged over those that do.
+_LABEL_WEIGHTS = (3.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+
+
 class PatchReader(nn.Module):
     """Training only: says from each patch's vector what the patch shows and how many shapes of the picture
     are like it, which teaches the tower to see and to count.
@@ -105,6 +110,10 @@ class PatchReader(nn.Module):
             for index, part in enumerate(logits)
         ]
         return torch.stack(losses)
+
+    def total(self, losses: Tensor) -> Tensor:
+        """The losses as one number to learn from."""
+        return losses @ torch.tensor(_LABEL_WEIGHTS, dtype=losses.dtype)
 
 
 def patch_features(model: Any, images: Tensor) -> Tensor:

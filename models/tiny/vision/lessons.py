@@ -19,7 +19,7 @@ from torch import Tensor
 from models.tiny.vision.architecture import IMAGE_TOKENS, answer_logits, patch_features, to_input
 from models.tiny.vision.batches import draw_batch, step_rng
 from models.tiny.vision.questions import sample_question
-from models.tiny.vision.records import sample_record
+from models.tiny.vision.records import Record, sample_record
 from models.tiny.vision.scenes import Scene
 from models.tiny.vision.tokenizer import load_tokenizer
 from models.tiny.vision.tokens import ASSISTANT, BOS, EOS, IMAGE, PAD, USER
@@ -33,7 +33,11 @@ _PREFIX = [BOS, USER, *[IMAGE] * IMAGE_TOKENS]
 _SIGHT_WEIGHT = 0.25
 
 # What a JSON answer says of the picture: each value with the mark after it, and whether a list goes on.
-_CONTENT = re.compile(r'(?<=: )(?:"[^"]*"|\d+).|(?<=\})[,\]]')
+# Also the spaces and brackets between: a grammar allows any blanks there, and a model that never learnt
+# what comes after a key would go on with blanks for ever.
+_CONTENT = re.compile(
+    r'(?<=": )(?:"[^"]*"|\d+).|(?<=":) (?:\[(?:\{"|\]\}))?|(?<=\})(?:, \{"|\])|(?<=[\d"],) (?=")'
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,9 @@ def sample_talk(rng: np.random.Generator, scene: Scene) -> Talk:
         return Talk((Turn(_lead(rng) + text, OFF_TOPIC_ANSWER),), sees_image=rng.random() < 0.5)
     if choice < 0.07:
         return Talk((Turn(_lead(rng) + sample_question(rng, scene).text, NO_IMAGE_ANSWER),), sees_image=False)
+    if choice < 0.085:
+        turn = _record_turn(sample_record(rng, None))
+        return Talk((Turn(_lead(rng) + turn.question, turn.answer, turn.taught),), sees_image=False)
     first = sample_turn(rng, scene)
     first = Turn(_lead(rng) + first.question, first.answer, first.taught)
     return Talk((first, sample_turn(rng, scene)) if choice > 0.92 else (first,))
@@ -145,7 +152,10 @@ def sample_turn(rng: np.random.Generator, scene: Scene) -> Turn:
     if rng.random() < 0.7:
         question = sample_question(rng, scene)
         return Turn(question.text, question.answer)
-    record = sample_record(rng, scene)
+    return _record_turn(sample_record(rng, scene))
+
+
+def _record_turn(record: Record) -> Turn:
     if not record.forced:
         return Turn(record.text, record.answer)
     if record.answer.startswith(('{"shape": ', '{"shapes": ')):
@@ -161,10 +171,10 @@ def answer_step(training: Training, teacher: Teacher, size: int, rate: float) ->
     rows = teacher.pack(rng, sight.scenes)
     with torch.autocast("cpu", torch.bfloat16):
         features = patch_features(training.model, to_input(sight.pixels))
-        seen = training.reader(features, sight.labels).sum()
+        seen = training.reader.total(training.reader(features, sight.labels))
         logits = answer_logits(training.model, features, rows.tokens, rows.positions, rows.mask, rows.wanted)
         said = torch.nn.functional.cross_entropy(logits.float(), rows.successors)
-    (said + _SIGHT_WEIGHT * seen).backward()
+    torch.autograd.backward(said + _SIGHT_WEIGHT * seen)
     training.optimizer.step(rate)
     training.answer_step += 1
     return {"words": float(said.detach()), "sight": float(seen.detach())}

@@ -58,9 +58,9 @@ class Record:
     forced: bool
 
 
-def sample_record(rng: np.random.Generator, scene: Scene) -> Record:
+def sample_record(rng: np.random.Generator, scene: Scene | None) -> Record:
     """A question whose answer is JSON; in half of them only a schema, which the prompt does not show,
-    says so."""
+    says so. Without a scene the answer is that there is no picture."""
     as_list = rng.random() < 0.2
     # Most often the natural keys in their natural order; else any, as a stranger's schema may have them.
     if rng.random() < 0.4:
@@ -75,7 +75,7 @@ def sample_record(rng: np.random.Generator, scene: Scene) -> Record:
     answer = _write(scene, fields, names, wrapper if as_list else None)
     style = rng.random()
     if style < 0.45:
-        if rng.random() < 0.7:
+        if scene is not None and rng.random() < 0.7:
             return Record(sample_question(rng, scene).text, answer, forced=True)
         return Record(roughen(rng, pick(rng, _PLAIN)), answer, forced=True)
     if as_list:
@@ -108,18 +108,21 @@ def _spell(rng: np.random.Generator, keys: list[str]) -> str:
     return ", ".join(words[:-1]) + last + words[-1]
 
 
-def _write(scene: Scene, fields: list[str], names: dict[str, str], wrapper: str | None) -> str:
+def _write(scene: Scene | None, fields: list[str], names: dict[str, str], wrapper: str | None) -> str:
     if wrapper is not None:
-        return json.dumps({wrapper: [_values(scene, group, fields, names) for group in scene.groups]})
-    return json.dumps(_values(scene, scene.main_group, fields, names))
+        groups = scene.groups if scene else ()
+        return json.dumps({wrapper: [_values(scene, group, fields, names) for group in groups]})
+    return json.dumps(_values(scene, scene.main_group if scene else None, fields, names))
 
 
-def _values(scene: Scene, group: Group, fields: list[str], names: dict[str, str]) -> dict[str, Any]:
+def _values(
+    scene: Scene | None, group: Group | None, fields: list[str], names: dict[str, str]
+) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "shape": group.shape,
-        "color": group.colour,
-        "count": group.count,
-        "background": scene.background,
-        "description": describe(scene),
+        "shape": group.shape if group else "none",
+        "color": group.colour if group else "none",
+        "count": group.count if group else 0,
+        "background": scene.background if scene else "none",
+        "description": describe(scene) if scene else "no picture",
     }
     return {names[field]: values[field] for field in fields}

@@ -30,7 +30,7 @@ ANSWER_BATCH = 24
 _SAVE_SECONDS = 120.0
 _WARM_UP = 100
 _SEE_RATE = 2e-3
-_ANSWER_RATE = 2e-3
+_ANSWER_RATE = 1.5e-3
 # The part of the answer stage over which its learning rate falls to nothing.
 _COOL_DOWN = 0.4
 
@@ -95,7 +95,7 @@ def see_step(training: Training) -> dict[str, float]:
     sight = draw_batch(step_rng("see", training.see_step, training.seed), SEE_BATCH)
     with torch.autocast("cpu", torch.bfloat16):
         losses = training.reader(patch_features(training.model, to_input(sight.pixels)), sight.labels)
-    losses.sum().backward()
+    torch.autograd.backward(training.reader.total(losses))
     training.optimizer.step(_SEE_RATE * min(1.0, (training.see_step + 1) / _WARM_UP))
     training.see_step += 1
     return dict(zip(LABELS, losses.detach().tolist(), strict=True))
