@@ -18,8 +18,8 @@ from engine.config import Config, ModelConfig
 
 _HEAD = """\
 Hearth's configuration, every key with its default. Copy it to hearth.toml and change what you need. A key
-left out keeps its default; an unknown one is refused. Environment variables win over the file: HEARTH_PORT=9000,
-HEARTH_API_KEY=…, and HEARTH_GATEWAY__WORKERS=4 for `workers` of [gateway]."""
+left out keeps its default; an unknown one is refused. Environment variables win over the file:
+HEARTH_PORT=9000, HEARTH_API_KEY=…, and HEARTH_GATEWAY__WORKERS=4 for `workers` of [gateway]."""
 
 
 def render() -> str:
