@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME`; each prints a table and writes `benchmarks/results/NAME.json`."""
