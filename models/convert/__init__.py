@@ -11,7 +11,7 @@ Progress = Callable[[str, float], None]
 #: (files by base name, an empty folder to fill, progress).
 Convert = Callable[[dict[str, Path], Path, Progress], None]
 
-#: Name -> version. A changed version makes prepared folders stale, so raise it with every change of the outcome.
+#: Name -> version. A raised version makes prepared folders stale: raise it whenever the outcome changes.
 CONVERSIONS = {"smollm2": 1, "whisper": 1}
 
 

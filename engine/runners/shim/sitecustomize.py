@@ -2,8 +2,8 @@
 
 The folder is on the runner's PYTHONPATH. Three repairs, all idle where they are not needed:
 
-- **torchvision** from the package index is a CUDA build. Beside a CPU torch its compiled part does not load, and
-  its import dies because the schemas of ``torchvision::nms`` and ``torchvision::qnms`` do not exist. When
+- **torchvision** from the package index is a CUDA build. Beside a CPU torch its compiled part does not load,
+  and its import dies because the schemas of ``torchvision::nms`` and ``torchvision::qnms`` do not exist. When
   torchvision is first imported and its compiled part cannot be loaded, the schemas are defined first; only
   calling such an op fails then. With a torchvision that loads nothing happens.
 - **torchaudio** and **torchcodec** are CUDA builds too, and libraries import them wherever they are found.
