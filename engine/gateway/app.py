@@ -95,7 +95,7 @@ class Gateway:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request; every failure ends here: an envelope or, in mid-answer, a closed connection."""
+        """Answers one request; a failure ends here: as an envelope or, in mid-answer, a closed connection."""
         exchange: Exchange = scope[_EXCHANGE]
         limit_s = self._config.gateway.request_timeout_s
         try:

@@ -32,7 +32,7 @@ def fill_in_middle(body: bytes, route: ModelRoute) -> bytes:
         return msgspec.json.encode(request)
     if route.fim_template is None:
         raise bad_request(
-            f"'{route.id}' cannot fill in the middle: it has no template for 'suffix'. Leave 'suffix' out, or "
+            f"'{route.id}' cannot fill in the middle: it has no template for 'suffix'. Leave it out, or "
             "use a model with the capability 'fim' (GET /v1/models lists them).",
             param="suffix",
             code="unsupported_parameter",

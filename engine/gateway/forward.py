@@ -59,7 +59,9 @@ class Forwarder:
                 return
             except UpstreamLostError as error:
                 self._note(exchange, served, upstream, error)
-                if exchange.begun or not error.unsent:
+                if exchange.begun:
+                    raise broken_off(served.route.id) from error
+                if not error.unsent:
                     raise await self._lost(served) from error
                 # An idle connection may be old while the replica lives: one more try there, then elsewhere.
                 if upstream.address in stale:

@@ -9,7 +9,7 @@ from engine.gateway.exchange import ClientGoneError, Exchange, Receive
 
 
 class WhileClientWaits:
-    """`async with`: the block is cancelled, and ClientGoneError raised, once the client closes its connection.
+    """`async with`: the block is cancelled, and ClientGoneError raised, once the client closes.
 
     The request's body must have been read: what `receive` still tells is the disconnect alone.
     """

@@ -48,13 +48,14 @@ def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
     async def model(id: str) -> schemas.ModelCard:
         return card(directory.find(id), time.time())
 
-    @pages.api_route("/health", methods=["GET", "HEAD"], tags=["server"], summary="The gateway is alive")
+    @pages.head("/health", include_in_schema=False)
+    @pages.get("/health", tags=["server"], summary="The gateway is alive")
     async def health() -> schemas.Health:
         return schemas.Health()
 
-    @pages.api_route(
+    @pages.head("/ready", include_in_schema=False)
+    @pages.get(
         "/ready",
-        methods=["GET", "HEAD"],
         tags=["server"],
         summary="Every model is warm",
         responses={503: {"model": schemas.Error}},
