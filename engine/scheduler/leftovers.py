@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -153,12 +154,7 @@ def make_runtime(folder: Path) -> None:
 
 
 def remove_runtime(config: Config) -> None:
-    """Removes the sockets and their folder."""
+    """Removes the folder of the sockets with all that is in it."""
     folder = config.runtime_dir
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    for socket in folder.iterdir():
-        if socket.is_socket():
-            socket.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # something of somebody else's is in it
-        folder.rmdir()
+    if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
+        shutil.rmtree(folder, ignore_errors=True)

@@ -55,6 +55,7 @@ def outlook(world: World, unit: Unit, now: float) -> Outlook:
     if unit.state in ("starting", "warming"):
         doing = "loading the model" if unit.state == "starting" else "answering its first request"
         reason = doing if unit.kind == "runner" else "starting"
+        reason += f" again: {unit.after}" if unit.after else ""
         return Outlook(unit.state, reason, unit.since, _left(expected, now - unit.started_at))
     if unit.state in ("failed", "backoff"):
         wait = max(0.0, unit.retry_at - now)

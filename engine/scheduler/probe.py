@@ -35,6 +35,9 @@ class Prober(Protocol):
 class HttpProber:
     """Asks by HTTP; a connection a question, so that nothing is left of a process that has gone."""
 
+    def __init__(self, health_timeout_s: float = HEALTH_TIMEOUT_S) -> None:
+        self._health_timeout_s = health_timeout_s
+
     async def runner_health(self, socket: Path) -> None:
         """``GET /health`` on a runner's socket.
 
@@ -52,7 +55,7 @@ class HttpProber:
         await self._get_health(aiohttp.TCPConnector(), f"{url}/health")
 
     async def _get_health(self, connector: aiohttp.BaseConnector, url: str) -> None:
-        timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._health_timeout_s)
         try:
             async with (
                 aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
@@ -61,7 +64,7 @@ class HttpProber:
                 await answer.read()
                 status = answer.status
         except TimeoutError:
-            raise ProbeError(f"nothing within {HEALTH_TIMEOUT_S:g} s") from None
+            raise ProbeError(f"nothing within {self._health_timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError) as error:
             raise ProbeError(str(error) or type(error).__name__) from error
         if status != 200:

@@ -16,11 +16,17 @@ from engine.scheduler.units import Unit, World
 
 def reconcile(world: World, now: float) -> list[Action]:
     """The actions that are due at ``now`` (the loop's clock, seconds)."""
-    return [*_endings(world, now), *_watches(world, now), *_launches(world, now)]
+    endings = list(_endings(world, now))
+    ending = {action.unit for action in endings}
+    watches = (action for action in _watches(world, now) if action.unit not in ending)
+    return [*endings, *watches, *_launches(world, now)]
 
 
 def next_wakeup(world: World, now: float) -> float | None:
-    """When something will be due though nothing happens; None = never."""
+    """When something will be due though nothing happens; None = never.
+
+    Always after ``now`` once everything that :func:`reconcile` gave has been committed.
+    """
     times = [time for unit in world.units.values() for time in _timers(world, unit, now)]
     return min(times, default=None)
 
@@ -142,7 +148,7 @@ def _timers(world: World, unit: Unit, now: float) -> Iterator[float]:
     elif unit.ending:
         if not unit.ending.swept:
             yield unit.ending.deadline
-    elif unit.kind != "preparation":
+    elif unit.kind != "preparation" and not world.stop:
         if unit.state == "starting":
             yield unit.started_at + world.policy.start_timeout_s
         if _is_checked(unit) and not unit.checking:

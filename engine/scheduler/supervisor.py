@@ -62,6 +62,8 @@ class RealClock:
 
     async def next_event(self, queue: asyncio.Queue[Event], until: float | None) -> Event | None:
         """The next event, or None once it is ``until`` (None: wait for ever)."""
+        if not queue.empty():
+            return queue.get_nowait()
         timeout = None if until is None else max(0.0, until - self.now())
         try:
             return await asyncio.wait_for(queue.get(), timeout)
@@ -224,6 +226,7 @@ class Supervisor:
         else:
             log.info("%s: ready", unit.id)
             self.send(Warmed(unit.id, ref))
+            await self._measure_one(unit.id, ref)
 
     async def _follow_progress(self) -> None:
         while True:
@@ -234,11 +237,13 @@ class Supervisor:
                         self.send(Progressed(unit.id, progress))
             await asyncio.sleep(_PROGRESS_S)
 
+    async def _measure_one(self, unit: str, ref: ProcessRef) -> None:
+        self.send(Measured(unit, ref, await asyncio.to_thread(self._launcher.memory, ref)))
+
     async def _measure(self) -> None:
         while True:
             processes = [(u.id, u.process) for u in self.world.units.values() if u.process]
             for unit, ref in processes:
-                size = await asyncio.to_thread(self._launcher.memory, ref)
-                self.send(Measured(unit, ref, size))
+                await self._measure_one(unit, ref)
             steady = all(u.state == "ready" for u in self.world.units.values() if u.process)
             await asyncio.sleep(_MEASURE_STEADY_S if steady and processes else _MEASURE_WARMING_S)

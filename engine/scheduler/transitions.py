@@ -66,6 +66,7 @@ def commit(world: World, action: Action, now: float) -> None:
     unit = world.units[action.unit]
     match action:
         case Launch():
+            unit.after = unit.reason if unit.failures else ""
             unit.become("starting", now)
             unit.started_at = now
             unit.check_due = now + world.policy.start_check_s

@@ -109,6 +109,8 @@ class Unit:
     #: The process was taken over from another scheduler: how long its start took is not known.
     adopted: bool = False
     launches: int = 0
+    #: Why the process before this one ended, where that was a failure.
+    after: str = ""
     #: Device of a unit that no plan places any more.
     left_on: str = ""
     memory_bytes: int | None = None

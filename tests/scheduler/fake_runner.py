@@ -1,0 +1,87 @@
+"""A runner without a model: health, the warm-up endpoints, and faults on demand.
+
+Standard library only, so that it starts in a few hundredths of a second. Faults are ``options`` of its spec:
+``exit`` (status at once), ``ignore_sigterm``, ``child`` (starts one that sleeps), ``hang_file`` and
+``wrong_file`` (while the file exists, health checks get no answer; warm-ups get an empty one).
+"""
+
+import argparse
+import http.server
+import json
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import ClassVar
+
+ANSWERS = {
+    "/v1/chat/completions": {"choices": [{"message": {"role": "assistant", "content": "Hello."}}]},
+    "/v1/completions": {"choices": [{"text": " a + b"}]},
+    "/v1/embeddings": {"data": [{"embedding": [0.6, 0.8]}, {"embedding": [1.0, 0.0]}]},
+    "/v1/detections": {"data": []},
+    "/v1/audio/transcriptions": {"text": "hm"},
+    "/v1/images/generations": {"data": [{"b64_json": "iVBORw0KGgo="}]},
+}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    options: ClassVar[dict] = {}
+
+    def _exists(self, option):
+        return option in self.options and Path(self.options[option]).exists()
+
+    def do_GET(self):
+        while self._exists("hang_file"):
+            time.sleep(0.05)
+        self._answer({"pid": os.getpid()})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self._answer({} if self._exists("wrong_file") else ANSWERS[self.path])
+
+    def _answer(self, data):
+        body = json.dumps(data).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def address_string(self):
+        return "unix"
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--spec", type=Path, required=True)
+    spec = json.loads(parser.parse_args().spec.read_text())
+    options = Handler.options = spec["options"]
+    if "exit" in options:
+        print("the fake has no weights", file=sys.stderr)
+        sys.exit(options["exit"])
+    if options.get("child"):
+        subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    with Server(spec["socket"], Handler) as server:
+        ended = threading.Event()
+        if options.get("ignore_sigterm"):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        else:
+            signal.signal(signal.SIGTERM, lambda *_: ended.set())
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        while not ended.wait(3600):
+            pass
+    Path(spec["socket"]).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main()
