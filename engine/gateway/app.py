@@ -39,6 +39,13 @@ log = logging.getLogger("hearth.gateway")
 _EXCHANGE = "hearth.exchange"
 _EXPOSED = ["x-request-id", "openai-processing-ms", "retry-after"]
 
+_STOPPING = ApiError(
+    503,
+    "The server is stopping and could not finish this request. Send it again.",
+    code="server_stopping",
+    headers={"retry-after": "5"},
+)
+
 
 class Gateway:
     """An ASGI application; one per gateway process."""
@@ -99,30 +106,38 @@ class Gateway:
         exchange: Exchange = scope[_EXCHANGE]
         limit_s = self._config.gateway.request_timeout_s
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as limit:
                 await self._dispatch(exchange, receive, send)
             return
         except ClientGoneError:
             return
         except ApiError as error:
             failure = error
-        except TimeoutError:
-            failure = _timed_out(exchange, limit_s)
-        except Exception:
-            # The last line before the client: whatever went wrong is told in the log alone.
-            log.exception("%s: unexpected failure", exchange.request_id)
-            failure = ApiError(
-                500,
-                f"Something went wrong here; it is not your request. The operator finds it in the log as "
-                f"{exchange.request_id}.",
-                code="internal_error",
-            )
+        except asyncio.CancelledError:
+            # Only the stopping server cancels from outside, when its drain has lasted long enough. The task
+            # ends with this answer, so the cancel need not go on.
+            failure = _STOPPING
+        except Exception as error:
+            # The last line before the client: whatever else went wrong is told in the log alone.
+            failure = self._unforeseen(exchange, limit_s if limit.expired() else None, error)
         if not exchange.begun:
             await send_error(send, failure)
         elif not exchange.complete and exchange.is_events:
             await send({"type": "http.response.body", "body": failure.event()})
         # Else the answer stays unfinished, on which the server closes the connection: a cut answer never
         # looks whole.
+
+    def _unforeseen(self, exchange: Exchange, limit_s: float | None, error: Exception) -> ApiError:
+        """What a client is told of a failure that is no ApiError; `limit_s` when its time was up."""
+        if limit_s is not None and isinstance(error, TimeoutError):
+            return _timed_out(exchange, limit_s)
+        log.error("%s: unexpected failure", exchange.request_id, exc_info=error)
+        return ApiError(
+            500,
+            "Something went wrong here; it is not your request. The operator finds it in the log as "
+            f"{exchange.request_id}.",
+            code="internal_error",
+        )
 
     async def _dispatch(self, exchange: Exchange, receive: Receive, send: Send) -> None:
         path: str = exchange.scope["path"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from engine import __version__
 from engine.errors import ApiError, bad_request, nearest
 from engine.gateway import schemas
 from engine.gateway.documents import add_forwarded
@@ -27,7 +27,7 @@ def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
     """The FastAPI application behind the forwarded endpoints."""
     pages = FastAPI(
         title="Hearth",
-        version=version("hearth"),
+        version=__version__,
         description="One OpenAI-format endpoint: chat, code, vision, images, audio, embeddings, detection.",
         redoc_url=None,
         redirect_slashes=False,

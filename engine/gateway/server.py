@@ -42,6 +42,7 @@ def make_server(config: Config, gateway: Gateway) -> uvicorn.Server:
             lifespan="on",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=max(1, math.ceil(config.gateway.drain_s)),

@@ -220,6 +220,19 @@ async def test_a_stream_that_takes_too_long_ends_with_an_error_event(
         assert caught.value.code == "request_timeout"
 
 
+async def test_a_stop_that_cannot_wait_longer_answers_in_the_envelope(
+    house: House, runner: DummyRunner
+) -> None:
+    runner.behaviour = "slow"
+    asking = asyncio.create_task(house.post(CHAT, ASK))
+    await asyncio.wait_for(runner.arrived.wait(), 2)
+    house.server.config.timeout_graceful_shutdown = 0
+    await house.server.shutdown()
+    status, body, headers = await asking
+    assert (status, body["error"]["code"], headers["retry-after"]) == (503, "server_stopping", "5")
+    await until(lambda: runner.cancelled == 1)
+
+
 async def test_a_replica_out_of_the_table_finishes_its_request(house: House, runner: DummyRunner) -> None:
     runner.behaviour = "slow"
     asking = asyncio.create_task(house.post(CHAT, ASK))
