@@ -217,12 +217,14 @@ def load_painter(spec: RunnerSpec) -> Painter:
         )
     import torch
     from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
 
+    diffusers_logging.disable_progress_bar()
     torch.set_num_threads(spec.threads)
     on_gpu = spec.device.startswith("cuda")
     dtype = options.dtype if options.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     several = on_gpu and "," in spec.device
-    facts: dict[str, Any] = {"torch_dtype": getattr(torch, dtype), "local_files_only": True}
+    facts: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
     facts |= {"variant": options.variant} if options.variant else {}
     facts |= {"device_map": "balanced"} if several else {}
     try:

@@ -8,6 +8,7 @@ makes one out of the checkpoints of a training that still runs or was stopped.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ def save(folder: Path, tokenizer: Any, encoder: Any, autoencoder: Any, denoiser:
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part, safe_serialization=True)
+    # AutoencoderTiny writes this and warns of it when it reads it: it makes it anew itself.
+    facts = part / "vae" / "config.json"
+    kept = {k: v for k, v in json.loads(facts.read_text()).items() if k != "block_out_channels"}
+    facts.write_text(json.dumps(kept, indent=2) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").unlink(missing_ok=True)
     for made in sorted(part.iterdir(), key=lambda path: path.is_file()):
@@ -55,7 +60,7 @@ def load(folder: Path) -> Any:
     """The pipeline of a folder, in single precision on the CPU."""
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,0 +1,73 @@
+"""The image runner with the committed weights, as a process on a socket: its pictures show what was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models.tiny.image.evaluate import questions
+from models.tiny.image.pixels import Pixels, Seen, look
+from tests.runners.conftest import Started, StartRunner
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "models/tiny/image/weights"
+PATH = "/v1/images/generations"
+
+
+def start(start_runner: StartRunner) -> Started:
+    return start_runner(
+        "engine.runners.image",
+        model="tiny-image",
+        category="image",
+        engine="diffusers",
+        model_dir=WEIGHTS,
+        max_batch=8,
+        max_wait_ms=50,
+        options={"steps": 12, "guidance_scale": 4.0},
+    )
+
+
+def pixels(answer: dict[str, Any], index: int = 0) -> Pixels:
+    data = base64.b64decode(answer["data"][index]["b64_json"])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.engines
+async def test_pictures_show_what_was_asked_for(start_runner: StartRunner) -> None:
+    runner = start(start_runner)
+    await runner.ready(120)
+
+    async def ask(prompt: str, **more: Any) -> dict[str, Any]:
+        body = {"model": "tiny-image", "prompt": prompt, "seed": 1, "size": "64x64", **more}
+        status, answer, _ = await runner.post(PATH, body)
+        assert status == 200, answer
+        return dict(answer)
+
+    # Twenty held-out prompts at once: they are painted together, a batch after another.
+    asked = questions(20)
+    answers = await asyncio.gather(*(ask(question.prompt) for question in asked))
+    right = [question.right(look(pixels(answer))) for question, answer in zip(asked, answers, strict=True)]
+    assert sum(right) >= 17, [q.prompt for q, ok in zip(asked, right, strict=True) if not ok]
+
+    # The same seed gives the same picture, alone or in company (but for the rounding of float sums).
+    alone = await ask(asked[3].prompt)
+    again = await ask(asked[3].prompt)
+    assert (pixels(alone) == pixels(again)).all()
+    assert np.abs(pixels(alone).astype(int) - pixels(answers[3])).max() <= 2
+    other = await ask(asked[3].prompt, seed=2)
+    assert (pixels(other) != pixels(alone)).any()
+
+    # Words that it was never taught and sizes that it does not paint.
+    wide = await ask("Kindly render a red circle on a blue background, trending artwork!", size="768x512")
+    assert pixels(wide).shape == (512, 768, 3)
+    assert look(pixels(wide)[:, 128:640:1]) == Seen("circle", "red", "blue")
+    pair = await ask("blue square", n=2)
+    assert [look(pixels(pair, i)).colour for i in range(2)] == ["blue", "blue"]
+    status, error, _ = await runner.post(PATH, {"model": "tiny-image", "prompt": "x", "size": "7x7"})
+    assert (status, error["error"]["param"]) == (400, "size")
