@@ -81,10 +81,12 @@ class Runner:
         self._batchers.append(made)
         return made
 
-    def check_model(self, name: str | None) -> None:
+    def check_model(self, name: object) -> None:
         """Raises ApiError: 400 without a name, 404 unless it is this runner's model or one of its aliases."""
         if name is None:
             raise bad_request("Missing required field 'model'.", param="model", code="missing_field")
+        if not isinstance(name, str):
+            raise bad_request("Invalid 'model': it must be a string.", param="model", code="invalid_value")
         known = [self.spec.model, *self.spec.aliases]
         if name not in known:
             close = nearest(name, known)

@@ -1,4 +1,4 @@
-"""The embedding runner: its request rules and batching with an encoder without weights, and the real model."""
+"""The embedding runner: request rules and batching with an encoder without weights, then the real model."""
 
 from __future__ import annotations
 
