@@ -20,6 +20,7 @@ from engine.config import Config, ConfigError, load
 app = typer.Typer(
     help="Hearth: every model warm behind one OpenAI-format endpoint.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

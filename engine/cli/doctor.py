@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
-from models.prepare import is_prepared
 
 from engine.config import Config
 from engine.runners.spec import EngineKind
 from engine.scheduler.devices import find_gpus, host_memory
 from models.catalog import CatalogError, choose_profile, load_catalog, load_profile, load_profiles
+from models.entry import ModelEntry
+from models.prepare import PrepareError, prepare
 
 GIB = 1024**3
 #: What the dependencies and the tiny profile's weights take, with room to write.
@@ -137,7 +138,7 @@ def _weights(config: Config) -> Iterator[Check]:
         entries = [load_catalog().find(model.id) for model in profile.models]
     except CatalogError:
         return
-    waiting = [entry.id for entry in entries if not is_prepared(entry, config.weights_dir)]
+    waiting = [entry.id for entry in entries if not _is_prepared(entry, config.weights_dir)]
     if not waiting:
         yield Check("weights", "ok", f"all prepared in {config.weights_dir}")
         return
@@ -145,6 +146,14 @@ def _weights(config: Config) -> Iterator[Check]:
     yield Check(
         "weights", "note", found, "`hearth serve` does it by itself; it needs the package index or the hub."
     )
+
+
+def _is_prepared(entry: ModelEntry, weights_dir: Path) -> bool:
+    try:
+        prepare(entry, weights_dir, True, lambda progress: None)
+    except PrepareError:
+        return False
+    return True
 
 
 def _memory_and_disk(config: Config) -> Iterator[Check]:
