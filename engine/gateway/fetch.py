@@ -287,7 +287,7 @@ class RemoteFetcher:
             raise _AddressRefusedError
         async with self._session.get(target, allow_redirects=False) as response:
             if response.status in _REDIRECTS:
-                return _redirect(target, response.headers.get("Location"), param)
+                return redirect_target(target, response.headers.get("Location"), param)
             if response.status != 200:
                 raise _failed(f"its server answered {response.status}", param)
             if (response.content_length or 0) > self._config.max_bytes:
@@ -337,7 +337,12 @@ def _is_numeric(host: str) -> bool:
     return True
 
 
-def _redirect(source: URL, location: str | None, param: str) -> URL:
+def redirect_target(source: URL, location: str | None, param: str) -> URL:
+    """Where a redirect leads: checked like a client's URL, and never from https to http.
+
+    Raises:
+        ApiError: 400 ``image_fetch_failed`` or ``invalid_image_url``.
+    """
     if not location:
         raise _failed("its server redirects without saying where", param)
     try:

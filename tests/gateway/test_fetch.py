@@ -17,10 +17,11 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
+from yarl import URL
 
 from engine.config import FetchConfig
 from engine.errors import ApiError
-from engine.gateway.fetch import Lookup, RemoteFetcher, is_public, parse_url, system_lookup
+from engine.gateway.fetch import Lookup, RemoteFetcher, is_public, parse_url, redirect_target, system_lookup
 
 PARAM = "messages.[0].content.[1].image_url.url"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -407,6 +408,16 @@ async def test_one_redirect_too_many(site: Site) -> None:
 async def test_redirects_that_lead_nowhere(site: Site, location: str, code: str) -> None:
     site.give("/1", status=302, Location=location)
     assert (await refusal(site.url("/1"))).code == code
+
+
+def test_a_redirect_keeps_the_transport_safe() -> None:
+    source = URL("https://a.example/x/y?q=1")
+    assert str(redirect_target(source, "../z", PARAM)) == "https://a.example/z"
+    assert str(redirect_target(source, "//b.example/z", PARAM)) == "https://b.example/z"
+    assert str(redirect_target(URL("http://a.example/"), "https://b.example/", PARAM)) == "https://b.example/"
+    with pytest.raises(ApiError, match="https to http") as caught:
+        redirect_target(source, "http://a.example/z", PARAM)
+    assert caught.value.code == "image_fetch_failed"
 
 
 @pytest.mark.parametrize(
