@@ -31,6 +31,8 @@ from engine.runners.instruments import Instruments
 from engine.runners.spec import RunnerSpec
 
 _MAX_FIELDS: Final = 64
+#: Names of the capability, short and as the catalog writes endpoints.
+_TRANSLATES: Final = frozenset({"translate", "audio.translations"})
 
 
 class Options(BaseModel):
@@ -123,7 +125,7 @@ class WhisperEngine:
     def can_translate(self) -> bool:
         """Multilingual, and said to translate where capabilities are listed (turbo models cannot)."""
         listed = self.spec.capabilities
-        return bool(self._whisper.is_multilingual) and (not listed or "translate" in listed)
+        return bool(self._whisper.is_multilingual) and (not listed or not _TRANSLATES.isdisjoint(listed))
 
     async def _answer(self, request: Request, task: formats.Task) -> Response:
         kind = request.headers.get("content-type", "")
@@ -142,6 +144,7 @@ class WhisperEngine:
             ask = read_ask(
                 fields,
                 task=task,
+                model=self.spec.model,
                 languages=self.model.supported_languages,
                 can_translate=self.can_translate,
             )

@@ -22,6 +22,8 @@ CONTENT_TYPES: Final[dict[Format, str]] = {
     "vtt": "text/vtt; charset=utf-8",
 }
 
+_POSITIONS_A_SECOND: Final = 50
+
 
 @dataclass(frozen=True)
 class Word:
@@ -137,8 +139,22 @@ def delta_event(text: str) -> dict[str, Any]:
 
 
 def done_event(transcript: Transcript) -> dict[str, Any]:
-    """The last event of a streamed transcript."""
-    return {"type": "transcript.text.done", "text": transcript.text, "usage": usage(transcript.duration)}
+    """The last event of a streamed transcript.
+
+    OpenAI's event counts tokens, not seconds: the positions of Whisper's encoder (50 a second of sound) and
+    the tokens of the text. The seconds stand beside them.
+    """
+    heard = math.ceil(transcript.duration * _POSITIONS_A_SECOND)
+    written = sum(len(segment.tokens) for segment in transcript.segments)
+    tokens = {
+        "type": "tokens",
+        "input_tokens": heard,
+        "input_token_details": {"audio_tokens": heard},
+        "output_tokens": written,
+        "total_tokens": heard + written,
+        "seconds": usage(transcript.duration)["seconds"],
+    }
+    return {"type": "transcript.text.done", "text": transcript.text, "usage": tokens}
 
 
 def _verbose_segment(number: int, segment: Segment) -> dict[str, Any]:

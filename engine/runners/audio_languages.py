@@ -130,10 +130,13 @@ _OTHER_NAMES: dict[str, str] = {
 _BY_NAME = {name: code for code, name in LANGUAGES.items()} | _OTHER_NAMES
 
 
-def language_code(text: str, *, served: Iterable[str]) -> str:
+def language_code(text: str, *, model: str, served: Iterable[str]) -> str:
     """The code of a language that a request names by code or English name ("en", "English", "en-US").
 
-    ``served`` are the codes that the model knows.
+    Args:
+        text: the request's word.
+        model: the model's serving name, for messages.
+        served: codes that the model knows.
 
     Raises:
         ApiError: 400 when there is no such language, or the model does not know it.
@@ -154,7 +157,7 @@ def language_code(text: str, *, served: Iterable[str]) -> str:
     if code not in known:
         only = "it is an English-only model" if known == ["en"] else "it was not trained on it"
         raise bad_request(
-            f"This model does not transcribe {LANGUAGES[code]} ({code!r}): {only}. "
+            f"{model} does not transcribe {LANGUAGES[code]} ({code!r}): {only}. "
             "Leave 'language' out, or choose a multilingual model.",
             param="language",
             code="unsupported_language",

@@ -44,7 +44,12 @@ class Ask:
 
 
 def read_ask(
-    fields: Mapping[str, Sequence[str]], *, task: Task, languages: Iterable[str], can_translate: bool = True
+    fields: Mapping[str, Sequence[str]],
+    *,
+    task: Task,
+    model: str,
+    languages: Iterable[str],
+    can_translate: bool,
 ) -> Ask:
     """The text fields of a form as an :class:`Ask`.
 
@@ -52,6 +57,7 @@ def read_ask(
         fields: field name -> its values in order. Lists may be named with brackets
             ("timestamp_granularities[]", as the SDK sends them) or without.
         task: which endpoint was called.
+        model: its serving name, for messages.
         languages: codes that the model knows.
         can_translate: whether the model translates into English.
 
@@ -63,7 +69,7 @@ def read_ask(
             raise _unsupported(f"{name!r} is not supported: {why}. Leave it out.", name)
     if task == "translate" and not can_translate:
         raise bad_request(
-            "This model does not translate: it is English-only or was not trained to. "
+            f"{model} does not translate: it is English-only or was not trained to. "
             "Use /v1/audio/transcriptions, or send the request to a multilingual Whisper model.",
             param="model",
             code="unsupported_capability",
@@ -81,7 +87,9 @@ def read_ask(
     language = _one(fields, "language")
     return Ask(
         task=task,
-        language=language_code(language, served=languages) if language and task == "transcribe" else None,
+        language=language_code(language, model=model, served=languages)
+        if language and task == "transcribe"
+        else None,
         prompt=_one(fields, "prompt") or None,
         temperatures=_temperatures(fields),
         format=shape,

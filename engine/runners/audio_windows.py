@@ -3,9 +3,9 @@
 faster-whisper transcribes one clip at a time, as a loop over windows of at most 30 s: encode, decode (again
 and warmer where the text looks wrong), align words, move on. Its ``BatchedInferencePipeline`` batches the
 windows of *one* file and gives up the fallback. Here the loop stays the library's own, one thread for each
-clip; only its calls of the model are replaced: each hands its window to a batcher and waits. Windows that wait
-at the same time with equal decoding options run as one batch, and a clip that comes while others are under way
-joins at the next window.
+clip; only its calls of the model are replaced: each hands its window to a batcher and waits. Windows that
+wait at the same time with equal decoding options run as one batch, and a clip that comes while others are
+under way joins at the next window.
 
 What is shared stays exact: with CTranslate2's int8 model on CPU, a batch of 2, 4 or 8 windows gave bit for
 bit the encodings, tokens and scores that each gives alone. Gain on one CPU core, tiny.en, 8 clips: decoding

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from models.convert import ConversionError
 from models.convert.whisper_tokenizer import special_tokens, tokenizer_of
 
 #: Checkpoint name -> its alignment heads, as OpenAI writes them: base85 of a gzipped boolean array
@@ -49,7 +50,7 @@ def convert(archives: dict[str, Path], target: Path, progress: Callable[[str, fl
         progress: called with (what is done, share done from 0 to 1).
 
     Raises:
-        ValueError: a file is missing or does not fit the checkpoint.
+        ConversionError: a file is missing or does not fit the checkpoint.
     """
     import torch
     from ctranslate2.specs.whisper_spec import WhisperSpec
@@ -58,7 +59,7 @@ def convert(archives: dict[str, Path], target: Path, progress: Callable[[str, fl
     progress("reading the checkpoint", 0.0)
     checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
     if not isinstance(checkpoint, dict) or not {"dims", "model_state_dict"} <= checkpoint.keys():
-        raise ValueError(
+        raise ConversionError(
             f"{name}.pt is not an OpenAI Whisper checkpoint: it lacks 'dims' or 'model_state_dict'"
         )
     dims: dict[str, int] = checkpoint["dims"]
@@ -66,14 +67,14 @@ def convert(archives: dict[str, Path], target: Path, progress: Callable[[str, fl
     progress("building the tokenizer", 0.2)
     ranks = "multilingual.tiktoken" if _is_multilingual(dims) else "gpt2.tiktoken"
     if ranks not in archives:
-        raise ValueError(
+        raise ConversionError(
             f"{name}.pt needs {ranks} (from openai-whisper's whisper/assets); given: {sorted(archives)}"
         )
     specials = special_tokens(dims["n_vocab"], multilingual=_is_multilingual(dims))
     tokenizer = tokenizer_of(archives[ranks], specials)
     if tokenizer.get_vocab_size() != dims["n_vocab"]:
         found = tokenizer.get_vocab_size()
-        raise ValueError(
+        raise ConversionError(
             f"{ranks} and the special tokens make {found} tokens, {name}.pt has {dims['n_vocab']}"
         )
 
@@ -110,7 +111,7 @@ def alignment_heads(name: str, dims: Mapping[str, int]) -> list[tuple[int, int]]
         return [(layer, head) for layer in range(layers // 2, layers) for head in range(heads)]
     flags = gzip.decompress(base64.b85decode(dump))
     if len(flags) != layers * heads:
-        raise ValueError(
+        raise ConversionError(
             f"{name}.pt has {layers} x {heads} decoder heads; OpenAI's {name} has {len(flags)} in all"
         )
     return [divmod(i, heads) for i, flag in enumerate(flags) if flag]
@@ -124,7 +125,7 @@ def _is_multilingual(dims: Mapping[str, int]) -> bool:
 def _only(archives: Mapping[str, Path], suffix: str, what: str) -> tuple[str, Path]:
     found = [name for name in archives if name.endswith(suffix)]
     if len(found) != 1:
-        raise ValueError(f"exactly one {what} (*{suffix}) is needed; given: {sorted(archives)}")
+        raise ConversionError(f"exactly one {what} (*{suffix}) is needed; given: {sorted(archives)}")
     return found[0].removesuffix(suffix), archives[found[0]]
 
 

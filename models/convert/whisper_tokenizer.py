@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from engine.runners.audio_languages import LANGUAGES
+from models.convert import ConversionError
 
 #: Timestamps run from 0.00 to 30.00 seconds in steps of 0.02.
 _TIMESTAMPS = 1501
@@ -23,12 +24,14 @@ def special_tokens(vocabulary_size: int, *, multilingual: bool) -> list[str]:
     """Whisper's special tokens in the order of their ids (OpenAI's ``whisper/tokenizer.py``).
 
     Raises:
-        ValueError: no number of languages makes ``vocabulary_size``.
+        ConversionError: no number of languages makes ``vocabulary_size``.
     """
     ranks = _RANKS["multilingual" if multilingual else "gpt2"]
     languages = vocabulary_size - ranks - _OTHERS - _TIMESTAMPS
     if not 0 < languages <= len(LANGUAGES):
-        raise ValueError(f"a Whisper vocabulary of {vocabulary_size} tokens would have {languages} languages")
+        raise ConversionError(
+            f"a Whisper vocabulary of {vocabulary_size} tokens would have {languages} languages"
+        )
     return [
         "<|endoftext|>",
         "<|startoftranscript|>",
