@@ -21,7 +21,8 @@ from yarl import URL
 
 from engine.config import FetchConfig
 from engine.errors import ApiError
-from engine.gateway.fetch import Lookup, RemoteFetcher, is_public, parse_url, redirect_target, system_lookup
+from engine.gateway.fetch import Lookup, RemoteFetcher, parse_url, redirect_target, system_lookup
+from engine.gateway.fetch_addresses import is_public
 
 PARAM = "messages.[0].content.[1].image_url.url"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
