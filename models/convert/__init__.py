@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
+from engine.runners.environment import repair_imports
+
 #: Called with what is being done and how much of the whole is done (0 to 1).
 Progress = Callable[[str, float], None]
 #: (files by base name, an empty folder to fill, progress).
@@ -27,6 +29,7 @@ def find(name: str) -> Convert:
     """
     if name not in CONVERSIONS:
         raise ConversionError(f"there is no conversion '{name}'. Known: {', '.join(sorted(CONVERSIONS))}.")
-    # Imported when needed: each pulls in its engine's libraries.
+    # Imported when needed: each pulls in its engine's libraries, which may need the repairs first.
+    repair_imports()
     convert: Convert = importlib.import_module(f"models.convert.{name}").convert
     return convert

@@ -168,8 +168,14 @@ def _run_next_sitecustomize() -> None:
         spec.loader.exec_module(module)
 
 
+def install() -> None:
+    """Repairs the imports of this process; a second call does nothing."""
+    if not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TorchvisionFinder())
+        hide_cuda_builds(("torchaudio", "torchcodec"))
+
+
 if __name__ == "sitecustomize":
-    sys.meta_path.insert(0, _TorchvisionFinder())
-    hide_cuda_builds(("torchaudio", "torchcodec"))
+    install()
     _follow_leader()
     _run_next_sitecustomize()
