@@ -111,7 +111,7 @@ class Commands:
         return Order(
             unit=plan.id,
             argv=self.preparation_argv(plan, entry),
-            environment=_without_settings(os.environ) | self._hub(),
+            environment=_without_settings(os.environ),
             folder=ROOT,
             log=self._log(plan.id),
             output=self._output_file(plan),
@@ -121,11 +121,9 @@ class Commands:
         """The preparation's command line."""
         argv = [sys.executable, "-m", "models.prepare", "--entry", str(entry)]
         argv += ["--weights", str(self._config.weights_dir), "--progress", str(self.progress_file(plan))]
+        if self._config.weights.hub_endpoint:
+            argv += ["--hub-endpoint", self._config.weights.hub_endpoint]
         return [*argv, "--offline"] if self._config.weights.offline else argv
-
-    def _hub(self) -> dict[str, str]:
-        endpoint = self._config.weights.hub_endpoint
-        return {"HF_ENDPOINT": endpoint} if endpoint else {}
 
     def progress_file(self, plan: PreparationPlan) -> Path:
         return self._files / f"{plan.id}.progress.json"
