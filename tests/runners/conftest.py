@@ -18,6 +18,8 @@ import aiohttp
 import pytest
 
 from engine.runners.spec import RunnerSpec
+from models.catalog import load_catalog
+from models.prepare import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -98,3 +100,14 @@ def start_runner(tmp_path: Path) -> Iterator[StartRunner]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def weights() -> Callable[[str], Path]:
+    """``weights(model)``: the prepared folder of a catalog model, made on first use."""
+
+    def prepared(model: str) -> Path:
+        folder = Path(os.environ.get("HEARTH_WEIGHTS__DIR", ROOT / "var" / "weights"))
+        return prepare(load_catalog().find(model), folder, offline=False, report=lambda _: None)
+
+    return prepared
