@@ -53,7 +53,7 @@ def sketch(shape: str, colour: str, background: str, side: int = 96) -> Pixels:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("side", [48, 80])
+@pytest.mark.parametrize("side", [64, 96])
 def test_the_judge_names_what_it_sees(shape: str, side: int) -> None:
     for colour in PAINTS:
         for background in PAINTS:

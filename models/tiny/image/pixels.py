@@ -45,7 +45,7 @@ def look(picture: Pixels) -> Seen:
     """Reads a picture.
 
     Args:
-        picture: [height, width, 3] in 0..255, at least 16 pixels each way.
+        picture: [height, width, 3] in 0..255, at least 64 pixels each way.
     """
     edge = max(1, min(picture.shape[:2]) // 16)
     border = np.concatenate(
@@ -58,8 +58,10 @@ def look(picture: Pixels) -> Seen:
     ).astype(float)
     behind = np.median(border, axis=0)
     calm = np.mean(np.abs(border - behind).max(axis=1) < 60) > 0.85
-    background = name_colour(behind) if calm else None
-    mask = largest_part(foreground(picture, behind))
+    if not calm:
+        return Seen(None, None, None)
+    background = name_colour(behind)
+    mask = largest_part(smooth(foreground(picture, behind)))
     if mask.mean() < 0.03:
         return Seen(None, None, background)
     inside = picture[core(mask)].astype(float)
@@ -86,6 +88,15 @@ def foreground(picture: Pixels, behind: npt.NDArray[np.float64]) -> Mask:
     far = float(np.quantile(distance, 0.97))
     different: Mask = distance > max(30.0, far / 2)
     return different
+
+
+def smooth(mask: Mask) -> Mask:
+    """Without the spurs of a pixel that would widen the bounding box: less than four of nine neighbours."""
+    padded = np.pad(mask, 1).astype(np.int64)
+    height, width = mask.shape
+    votes = sum(padded[y : y + height, x : x + width] for y in range(3) for x in range(3))
+    kept: Mask = np.asarray(votes) >= 4
+    return kept
 
 
 def largest_part(mask: Mask) -> Mask:
