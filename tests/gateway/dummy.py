@@ -239,10 +239,11 @@ async def open_house(state_dir: Path, *routes: ModelRoute, **settings: Any) -> A
         if house.client is not None:
             await house.client.close()
         await session.close()
-        # A connection that uvicorn has not seen close yet would cost a tick of 0.1 s.
-        with contextlib.suppress(AssertionError):
-            await until(lambda: not server.server_state.connections, 0.05)
-        await server.shutdown(sockets=[listener])
+        # What `shutdown` does when nothing is in flight, without its sleep of 0.1 s.
+        for each in server.servers:
+            each.close()
+        await until(lambda: not server.server_state.connections)
+        await server.lifespan.shutdown()
 
 
 def route(name: str, *runners: DummyRunner, category: str = "chat", **more: Any) -> ModelRoute:
