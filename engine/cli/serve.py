@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import time
+from logging.handlers import RotatingFileHandler
 
 from rich.console import Console
 from rich.live import Live
@@ -27,11 +28,7 @@ _LOOK_S = 0.25
 def serve(config: Config, *, plain: bool = False) -> int:
     """Serves until stopped; the exit status (0 after a clean stop)."""
     console = Console()
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    _log_to_file(config)
     try:
         profile = chosen_profile(config)
         shown_key = first_key(config)
@@ -41,6 +38,19 @@ def serve(config: Config, *, plain: bool = False) -> int:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     return 0
+
+
+def _log_to_file(config: Config) -> None:
+    """The whole log goes to `scheduler.log`; the terminal, which tells it in other words, gets warnings."""
+    config.log_dir.mkdir(parents=True, exist_ok=True)
+    file = RotatingFileHandler(config.log_dir / "scheduler.log", maxBytes=10_000_000, backupCount=1)
+    terminal = logging.StreamHandler(sys.stderr)
+    terminal.setLevel(logging.WARNING)
+    logging.basicConfig(
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        handlers=[file, terminal],
+    )
 
 
 def chosen_profile(config: Config) -> Profile:
