@@ -121,6 +121,9 @@ def fetch_hub(source: HubSource, target: Path, report: Report, endpoint: str = "
     # Imported here: the library reads its environment once, when it is imported.
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
 
     with _watched(target, None, f"downloading {source.repo}", report):
         try:
@@ -218,8 +221,8 @@ def _pip_sentence(what: str, reason: str, folder: Path) -> str:
     if "No matching distribution" in reason or "Connection" in reason or "resolve" in reason:
         return (
             f"{what} cannot be had from the package index ({reason[:300]}). "
-            "Check the network and pip's index-url, or put the prepared folder on this machine and name it as "
-            "the model's path in hearth.toml."
+            "Check the network and pip's index-url, or put the prepared folder on this machine and name it "
+            "as the model's path in hearth.toml."
         )
     return f"downloading {what} failed: {reason[:500]}. Check the network, then try again."
 

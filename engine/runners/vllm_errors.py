@@ -18,6 +18,8 @@ _MOST_ERROR_BYTES = 1 << 20
 _TOO_LONG = re.compile(
     r"maximum context length|max_model_len|longer than the maximum model length|maximum model length", re.I
 )
+_VALIDATION = re.compile(r"^\d+ validation errors?:\s*(.*)", re.S)
+_ITEM = re.compile(r"'loc': '(?:body\.)?([^']*)', 'msg': [\"'](.*?)[\"'](?:, '|})")
 _EVENT = b'data: {"error"'
 
 
@@ -31,12 +33,13 @@ class OpenAIErrors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        await self.app(scope, receive, _Rewriter(send).send)
+        await self.app(scope, receive, _Rewriter(send, scope["path"]).send)
 
 
 class _Rewriter:
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, path: str) -> None:
         self._send = send
+        self._path = path
         self._start: Message | None = None
         self._body = bytearray()
 
@@ -51,7 +54,7 @@ class _Rewriter:
             body = message.get("body", b"")
             # vLLM writes one event a message, so a look at its head is enough.
             if body.startswith(_EVENT):
-                message = {**message, "body": _event(body)}
+                message = {**message, "body": _event(body, self._path)}
             await self._send(message)
             return
         if len(self._body) < _MOST_ERROR_BYTES:
@@ -61,7 +64,7 @@ class _Rewriter:
 
     async def _finish(self, start: Message) -> None:
         status = start["status"]
-        error = translate(status, bytes(self._body))
+        error = translate(status, bytes(self._body), self._path)
         body = error.body()
         dropped = (b"content-length", b"content-type", b"content-encoding")
         headers = [(k, v) for k, v in start.get("headers", []) if k.lower() not in dropped]
@@ -70,8 +73,8 @@ class _Rewriter:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-def translate(status: int, body: bytes) -> ApiError:
-    """The error that a vLLM answer of ``status`` with ``body`` stands for.
+def translate(status: int, body: bytes, path: str = "/v1/chat/completions") -> ApiError:
+    """The error that vLLM's answer ``body`` of ``status`` to a request for ``path`` stands for.
 
     Understands OpenAI's envelope with a number as code, vLLM's flat one, and FastAPI's ``{"detail": …}``.
     """
@@ -86,9 +89,14 @@ def translate(status: int, body: bytes) -> ApiError:
     message = error.get("message") or _detail(error.get("detail")) or body.decode("utf-8", "replace")[:1000]
     message = message or f"The model's server answered {status} without a reason."
     param = error.get("param") if isinstance(error.get("param"), str) else None
+    if param is not None and param.startswith("body."):
+        param = param.removeprefix("body.")
+    if match := _VALIDATION.search(message):
+        message = "; ".join(f"{where}: {why}" for where, why in _ITEM.findall(message)) or match[1].strip()
     code = error.get("code") if isinstance(error.get("code"), str) else None
     if status in (400, 413, 422) and _TOO_LONG.search(message):
-        return ApiError(400, message, param=param or "messages", code="context_length_exceeded")
+        field = "messages" if "chat" in path else "prompt"
+        return ApiError(400, message, param=field, code="context_length_exceeded")
     if status == 404 and "model" in message:
         code = code or "model_not_found"
     # OpenAI answers a body that is well-formed JSON but wrong with 400.
@@ -106,7 +114,7 @@ def _detail(detail: Any) -> str:
     return "; ".join(parts)
 
 
-def _event(body: bytes) -> bytes:
+def _event(body: bytes, path: str) -> bytes:
     """One error event, translated; whatever follows it in the same message (``[DONE]``) is kept."""
     first, separator, rest = body.partition(b"\n\n")
     try:
@@ -114,5 +122,5 @@ def _event(body: bytes) -> bytes:
     except (ValueError, KeyError, TypeError):
         code = None
     status = code if isinstance(code, int) and 400 <= code < 600 else 500
-    event = translate(status, first.removeprefix(b"data: ")).event()
+    event = translate(status, first.removeprefix(b"data: "), path).event()
     return event + rest if separator else event

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 from models.convert import ConversionError, Progress
@@ -20,6 +21,8 @@ def convert(archives: dict[str, Path], target: Path, progress: Progress) -> None
     if importlib.util.find_spec("gguf") is None:
         raise ConversionError("reading a .gguf file needs the package gguf; run `pip install gguf`.")
     progress("loading libraries", 0.05)
+    # Read when tqdm is imported; progress is told by `progress`, and a log is no place for bars.
+    os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging as transformers_logging
