@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import time
@@ -17,7 +18,7 @@ from typing import BinaryIO, Protocol
 from engine.scheduler import groups
 from engine.scheduler.units import ProcessRef
 
-#: A log that has grown to this many bytes is set aside (as ``<name>.log.1``) at the next start.
+#: A log that has grown to this many bytes is set aside (as ``<name>.log.1``).
 LOG_BYTES = 16 * 1024 * 1024
 #: Children of an ended leader may take this long to end by themselves, seconds.
 _PATIENCE_S = 1.0
@@ -55,6 +56,8 @@ class Launcher(Protocol):
     async def sweep(self, ref: ProcessRef, *, at_once: bool) -> None: ...
 
     def log_tail(self, unit: str) -> tuple[str, ...]: ...
+
+    def trim_logs(self) -> None: ...
 
     def memory(self, ref: ProcessRef) -> int: ...
 
@@ -153,6 +156,18 @@ class LocalLauncher:
             return ()
         lines = [line.rstrip()[:400] for line in text.splitlines() if line.strip()]
         return tuple(lines[-_TAIL_LINES:])
+
+    def trim_logs(self) -> None:
+        """Sets aside what logs hold that have grown too big while their processes write on."""
+        for unit, (log, _) in list(self._logs.items()):
+            try:
+                if log.stat().st_size > LOG_BYTES:
+                    shutil.copyfile(log, log.with_name(log.name + ".1"))
+                    # The writers append, so they go on at the new end.
+                    os.truncate(log, 0)
+                    self._logs[unit] = (log, 0)
+            except OSError:
+                continue
 
     def memory(self, ref: ProcessRef) -> int:
         """Bytes (PSS) of the leader's session."""

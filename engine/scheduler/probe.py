@@ -31,12 +31,20 @@ class Prober(Protocol):
 
     async def warm_up(self, plan: RunnerPlan, timeout_s: float) -> None: ...
 
+    async def close(self) -> None: ...
+
 
 class HttpProber:
-    """Asks by HTTP; a connection a question, so that nothing is left of a process that has gone."""
+    """Asks by HTTP. Health checks keep their connection, since making one costs more than the question."""
 
     def __init__(self, health_timeout_s: float = HEALTH_TIMEOUT_S) -> None:
         self._health_timeout_s = health_timeout_s
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+
+    async def close(self) -> None:
+        """Closes the connections that are kept."""
+        for place in list(self._sessions):
+            await self._forget(place)
 
     async def runner_health(self, socket: Path) -> None:
         """``GET /health`` on a runner's socket.
@@ -44,7 +52,10 @@ class HttpProber:
         Raises:
             ProbeError: no answer, or another than 200.
         """
-        await self._get_health(aiohttp.UnixConnector(str(socket)), "http://runner/health")
+        place = str(socket)
+        if place not in self._sessions:
+            self._keep(place, aiohttp.UnixConnector(place))
+        await self._get_health(place, "http://runner/health")
 
     async def gateway_health(self, url: str) -> None:
         """``GET /health`` of a gateway; ``url`` without a path.
@@ -52,23 +63,33 @@ class HttpProber:
         Raises:
             ProbeError: no answer, or another than 200.
         """
-        await self._get_health(aiohttp.TCPConnector(), f"{url}/health")
+        if url not in self._sessions:
+            self._keep(url, aiohttp.TCPConnector())
+        await self._get_health(url, f"{url}/health")
 
-    async def _get_health(self, connector: aiohttp.BaseConnector, url: str) -> None:
+    def _keep(self, place: str, connector: aiohttp.BaseConnector) -> None:
         timeout = aiohttp.ClientTimeout(total=self._health_timeout_s)
+        self._sessions[place] = aiohttp.ClientSession(connector=connector, timeout=timeout)
+
+    async def _forget(self, place: str) -> None:
+        session = self._sessions.pop(place, None)
+        if session:
+            await session.close()
+
+    async def _get_health(self, place: str, url: str) -> None:
+        fault = ""
         try:
-            async with (
-                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-                session.get(url) as answer,
-            ):
+            async with self._sessions[place].get(url) as answer:
                 await answer.read()
-                status = answer.status
+                if answer.status != 200:
+                    fault = f"status {answer.status}"
         except TimeoutError:
-            raise ProbeError(f"nothing within {self._health_timeout_s:g} s") from None
+            fault = f"nothing within {self._health_timeout_s:g} s"
         except (aiohttp.ClientError, OSError) as error:
-            raise ProbeError(str(error) or type(error).__name__) from error
-        if status != 200:
-            raise ProbeError(f"status {status}")
+            fault = str(error) or type(error).__name__
+        if fault:
+            await self._forget(place)
+            raise ProbeError(fault)
 
     async def warm_up(self, plan: RunnerPlan, timeout_s: float) -> None:
         """Sends the real requests of the plan's category, one after the other, and checks each answer.

@@ -135,8 +135,11 @@ class Scheduler:
         app = control_app(
             status=self.status, board=board, stop=lambda drain: self._ask(StopAsked(drain=drain))
         )
-        async with serve_control(app, config.control_socket):
-            await self._supervisor.run()
+        try:
+            async with serve_control(app, config.control_socket):
+                await self._supervisor.run()
+        finally:
+            await self._prober.close()
 
     def _adopt(self, left: statefile.StateFile) -> None:
         """Takes over what lives and fits; ends, before anything starts, what can only be ended."""

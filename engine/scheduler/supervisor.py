@@ -96,6 +96,7 @@ class Supervisor:
         self._warm_timeout_s = warm_timeout_s
         self._changed = changed
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._news = True
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, event: Event) -> None:
@@ -107,7 +108,8 @@ class Supervisor:
         for unit in self.world.units.values():
             if unit.process:
                 self._watch(unit, unit.process)
-        background = [asyncio.create_task(self._follow_progress()), asyncio.create_task(self._measure())]
+        self._spawn(self._follow_progress())
+        self._spawn(self._measure())
         try:
             while True:
                 self._step()
@@ -116,22 +118,31 @@ class Supervisor:
                 until = next_wakeup(self.world, self._clock.now())
                 event = await self._clock.next_event(self._queue, until)
                 while event is not None:
-                    apply(self.world, event, self._clock.now())
+                    self._take(event)
                     event = None if self._queue.empty() else self._queue.get_nowait()
         finally:
-            everything = [*background, *self._tasks]
-            for task in everything:
+            tasks = list(self._tasks)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*everything, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _take(self, event: Event) -> None:
+        unit = self.world.units.get(event.unit) if isinstance(event, Healthy) else None
+        # That what is well is still well, several times a second, is nothing to write or publish.
+        self._news = self._news or unit is None or unit.state != "ready"
+        apply(self.world, event, self._clock.now())
 
     def _step(self) -> None:
         """Carries out what is due until nothing is."""
         now = self._clock.now()
         while actions := reconcile(self.world, now):
             for action in actions:
+                self._news = self._news or not isinstance(action, Check)
                 commit(self.world, action, now)
                 self._execute(action, self.world.units[action.unit])
-        self._changed()
+        if self._news:
+            self._news = False
+            self._changed()
 
     def _execute(self, action: Action, unit: Unit) -> None:
         ref = unit.process
@@ -181,7 +192,12 @@ class Supervisor:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("an effect failed in an unforeseen way", exc_info=error)
 
     def _watch(self, unit: Unit, ref: ProcessRef) -> None:
         self._spawn(self._await_exit(unit, ref))
@@ -214,6 +230,9 @@ class Supervisor:
                 await self._prober.gateway_health(self._listeners.url)
         except ProbeError as error:
             self.send(Missed(unit.id, ref, str(error)))
+        except Exception as error:  # whatever it is, the unit must not be left unwatched
+            log.exception("%s: the health check failed in an unforeseen way", unit.id)
+            self.send(Missed(unit.id, ref, repr(error)))
         else:
             self.send(Healthy(unit.id, ref))
 
@@ -223,6 +242,9 @@ class Supervisor:
             await self._prober.warm_up(unit.plan, self._warm_timeout_s)
         except ProbeError as error:
             self.send(WarmFailed(unit.id, ref, str(error)))
+        except Exception as error:  # whatever it is, the unit must not be left half warm
+            log.exception("%s: the warm-up failed in an unforeseen way", unit.id)
+            self.send(WarmFailed(unit.id, ref, repr(error)))
         else:
             log.info("%s: ready", unit.id)
             self.send(Warmed(unit.id, ref))
@@ -245,5 +267,6 @@ class Supervisor:
             processes = [(u.id, u.process) for u in self.world.units.values() if u.process]
             for unit, ref in processes:
                 await self._measure_one(unit, ref)
+            await asyncio.to_thread(self._launcher.trim_logs)
             steady = all(u.state == "ready" for u in self.world.units.values() if u.process)
             await asyncio.sleep(_MEASURE_STEADY_S if steady and processes else _MEASURE_WARMING_S)

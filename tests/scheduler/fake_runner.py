@@ -30,6 +30,7 @@ ANSWERS = {
 
 class Handler(http.server.BaseHTTPRequestHandler):
     options: ClassVar[dict] = {}
+    protocol_version = "HTTP/1.1"
 
     def _exists(self, option):
         return option in self.options and Path(self.options[option]).exists()

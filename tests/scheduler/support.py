@@ -151,6 +151,9 @@ class FakeLauncher:
     def log_tail(self, unit: str) -> tuple[str, ...]:
         return (f"last words of {unit}",)
 
+    def trim_logs(self) -> None:
+        pass
+
     def memory(self, ref: ProcessRef) -> int:
         return 1 << 20
 
@@ -175,6 +178,9 @@ class FakeProber:
         if plan.id in self.cold:
             raise ProbeError(self.cold[plan.id])
         self.warmed.append(plan.id)
+
+    async def close(self) -> None:
+        pass
 
 
 class FakeCommands(Commands):

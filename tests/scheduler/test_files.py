@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from engine.scheduler.commands import Commands
-from engine.scheduler.launcher import LaunchError, LocalLauncher, Order, describe_exit
+from engine.scheduler.launcher import LOG_BYTES, LaunchError, LocalLauncher, Order, describe_exit
 from engine.scheduler.leftovers import SchedulerError, make_runtime, sole_scheduler
 from engine.scheduler.listener import ListenError, Listeners, reachable_host
 from engine.scheduler.statefile import StateFile, StateWriter, boot_id, load
@@ -166,6 +169,26 @@ def test_a_program_that_is_not_there_is_a_launch_error(tmp_path: Path) -> None:
     order = Order("a-0", [str(tmp_path / "none")], {}, tmp_path, tmp_path / "logs" / "a-0.log")
     with pytest.raises(LaunchError, match="a-0 could not be started"):
         LocalLauncher("scope").launch(order)
+
+
+def test_a_log_that_grows_is_set_aside_while_its_process_writes_on(tmp_path: Path) -> None:
+    log = tmp_path / "a-0.log"
+    launcher = LocalLauncher("scope")
+    code = "import time\nfor i in range(400): print('word', i, flush=True); time.sleep(0.005)"
+    ref = launcher.launch(Order("a-0", [sys.executable, "-S", "-c", code], {}, tmp_path, log))
+    try:
+        while log.stat().st_size < 100:
+            time.sleep(0.005)
+        with log.open("ab") as file:
+            file.truncate(LOG_BYTES + 1)
+        launcher.trim_logs()
+        assert log.with_name("a-0.log.1").stat().st_size > LOG_BYTES
+        while not launcher.log_tail("a-0"):
+            time.sleep(0.005)
+        assert all(line.startswith("word") for line in launcher.log_tail("a-0"))
+        assert log.stat().st_size < 10_000
+    finally:
+        asyncio.run(launcher.sweep(ref, at_once=True))
 
 
 def test_exit_statuses_for_a_person() -> None:
