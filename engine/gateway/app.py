@@ -18,8 +18,9 @@ from engine.config import Config
 from engine.errors import ApiError
 from engine.gateway.accesslog import log_request
 from engine.gateway.auth import authenticate
-from engine.gateway.body import check_json_type, json_head, parse_object, read_body
-from engine.gateway.endpoints import ENDPOINTS, Endpoint, check_category, unsupported_content
+from engine.gateway.body import check_json_type, json_head, read_body
+from engine.gateway.content import refuse_pictures
+from engine.gateway.endpoints import ENDPOINTS, Endpoint, check_category
 from engine.gateway.exchange import CLIENT_GONE, ClientGoneError, Exchange, send_error
 from engine.gateway.fim import fill_in_middle
 from engine.gateway.forward import Forwarder
@@ -141,14 +142,15 @@ class Gateway:
 
     async def _dispatch(self, exchange: Exchange, receive: Receive, send: Send) -> None:
         path: str = exchange.scope["path"]
+        endpoint = ENDPOINTS.get(path)
+        if endpoint is not None:
+            exchange.endpoint = path
         if self._config.auth and path.startswith("/v1/"):
             exchange.key_id = authenticate(self._ring, exchange.headers.get(b"authorization")).id
-        endpoint = ENDPOINTS.get(path)
         if endpoint is None:
             await self._pages(exchange.scope, receive, send)
             exchange.endpoint = _page_name(exchange)
             return
-        exchange.endpoint = path
         method: str = exchange.scope["method"]
         if method != "POST":
             raise wrong_method(method, path, {"allow": "POST"})
@@ -180,8 +182,7 @@ class Gateway:
         if endpoint.path == "/v1/chat/completions":
             if category in ("vision", "detection") or "vision" in served.route.capabilities:
                 return await self._pictures.settle(body, "chat")
-            if b'"image_url"' in body and _has_picture(body):
-                raise unsupported_content(served.route)
+            refuse_pictures(body, served.route)
         return body
 
     def _make_upstream(self, id: str, address: str) -> Upstream:
@@ -203,17 +204,3 @@ def _page_name(exchange: Exchange) -> str:
     """The metrics' name of a page: its route, never a path that a client made up."""
     route = exchange.scope.get("route")
     return str(getattr(route, "path", "other"))
-
-
-def _has_picture(body: bytes) -> bool:
-    """Whether any message has an `image_url` part; called only when the word stands in the body."""
-    messages = parse_object(body).get("messages")
-    if not isinstance(messages, list):
-        return False
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, list) and any(
-            isinstance(part, dict) and "image_url" in part for part in content
-        ):
-            return True
-    return False

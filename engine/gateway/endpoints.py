@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.errors import ApiError, bad_request
+from engine.errors import bad_request
 from engine.routes import ModelRoute
 from engine.runners.spec import Category
 
@@ -73,14 +73,4 @@ def check_category(endpoint: Endpoint, route: ModelRoute) -> None:
         f"'{route.id}' {reason}. Send it to POST {HOME[route.category]}.",
         param="model",
         code="wrong_category",
-    )
-
-
-def unsupported_content(route: ModelRoute) -> ApiError:
-    """The 400 for a picture sent to a model that reads text only."""
-    return bad_request(
-        f"'{route.id}' reads text only; the messages have an image. Use a model of category 'vision' "
-        "(GET /v1/models lists them).",
-        param="messages",
-        code="unsupported_content",
     )

@@ -65,7 +65,9 @@ def listen(config: Config, fd: int | None) -> socket.socket:
 def set_up_logging(level: str) -> None:
     """Human-readable lines on standard error."""
     logging.basicConfig(
-        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", datefmt="%H:%M:%S"
+        level=level.upper(),
+        format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
+        datefmt="%Y-%m-%d %H:%M:%S",
     )
     for noisy in ("asyncio", "aiohttp", "filelock", "PIL", "python_multipart"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

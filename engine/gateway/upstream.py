@@ -7,6 +7,7 @@ another client (one at protocol level, say) can take aiohttp's place here.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,9 @@ import aiohttp
 IDLE_S = 4.0
 #: An answer no longer than this is read whole before its first byte is passed on.
 WHOLE_BYTES = 1024 * 1024
+#: A reused connection that fails sooner was closed by the replica while idle; later, the replica died at
+#: its work.
+_STALE_S = 1.0
 _SLICE_BYTES = 128 * 1024
 
 #: Belong to one connection, or are set anew by this gateway.
@@ -126,6 +130,7 @@ class Upstream:
         """
         session = self._session or self._open()
         connection = SimpleNamespace(reused=False)
+        started = time.monotonic()
         data: bytes | AsyncIterator[memoryview] = body
         if len(body) > _SLICE_BYTES:
             data = _slices(body)
@@ -143,7 +148,8 @@ class Upstream:
         except (aiohttp.ConnectionTimeoutError, FileNotFoundError) as error:
             raise UpstreamLostError(_words(error), unsent=True) from error
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise UpstreamLostError(_words(error), unsent=connection.reused) from error
+            quick = time.monotonic() - started < _STALE_S
+            raise UpstreamLostError(_words(error), unsent=connection.reused and quick) from error
         return Answer(response)
 
     async def text(self, path: str, *, within_s: float) -> str:

@@ -62,6 +62,13 @@ class DummyRunner:
         await self._runner.setup()
         await web.UnixSite(self._runner, str(self.path)).start()
 
+    async def listen_on_tcp(self) -> int:
+        """Answers on a TCP port too; its number."""
+        assert self._runner is not None
+        listener = socket.create_server(("127.0.0.1", 0))
+        await web.SockSite(self._runner, listener).start()
+        return int(listener.getsockname()[1])
+
     async def stop(self) -> None:
         if self._runner is not None:
             await self._runner.cleanup()

@@ -237,7 +237,7 @@ async def test_a_picture_for_a_text_model_is_refused(house: House, runner: Dummy
         CHAT, {"model": "dummy", "messages": [{"role": "user", "content": [part]}]}
     )
     assert status == 400
-    check(body, param="messages", code="unsupported_content")
+    check(body, param="messages.[0].content.[0].image_url.url", code="unsupported_content")
     assert not runner.seen
     # The word alone, for instance in a tool's schema, is no picture.
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"image_url": {}}}}}]

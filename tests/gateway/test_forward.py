@@ -10,6 +10,7 @@ import aiohttp
 import openai
 import pytest
 
+from engine.routes import Replica
 from tests.gateway.dummy import KEY, DummyRunner, House, chunk, open_house, route, until
 
 CHAT = "/v1/chat/completions"
@@ -241,3 +242,13 @@ async def test_a_replica_out_of_the_table_finishes_its_request(house: House, run
     assert (await house.post(CHAT, ASK))[0] == 503
     runner.go_on.set()
     assert (await asking)[0] == 200
+
+
+async def test_a_runner_on_another_machine_is_reached_by_its_url(house: House, runner: DummyRunner) -> None:
+    port = await runner.listen_on_tcp()
+    row = route("far")
+    row.replicas = [Replica(id="far-0", url=f"http://127.0.0.1:{port}/")]
+    house.serve(row)
+    status, body, _ = await house.post(CHAT, {"model": "far"})
+    assert (status, body["model"]) == (200, "dummy")
+    assert runner.seen[0][0] == CHAT
