@@ -17,6 +17,10 @@ from engine.errors import ApiError, bad_request
 #: brittle.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
+# PIL warns of large pictures, for which max_pixels is our own bound, and of odd metadata, which is the
+# client's affair. Once for the process: warnings.catch_warnings is not safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 _TRANSPOSED_ALPHABET = str.maketrans("-_", "+/")
 
 
@@ -33,14 +37,12 @@ def decode_image(data: bytes, *, max_pixels: int, param: str) -> Image.Image:
     if not data:
         raise bad_request("The image is empty (0 bytes).", param=param, code="empty_image")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is our own bound
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise _too_large(f"{width} x {height}", max_pixels, param)
-            image.load()
-            return ImageOps.exif_transpose(image)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise _too_large(f"{width} x {height}", max_pixels, param)
+        image.load()
+        return ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise bad_request(
             f"The image is in no format known here. Send one of {', '.join(FORMATS)}.",
