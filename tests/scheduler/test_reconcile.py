@@ -267,6 +267,8 @@ def test_stopping_ends_gateways_first_then_runners(tmp_path: Path) -> None:
     grace = POLICY.gateway_drain_s + POLICY.stop_timeout_s
     assert play.step() == [Terminate("gateway-0", grace, "draining", "stopped", "stopping")]
     assert play.state("m-0") == "ready"  # what the gateway still carries needs it
+    assert play.pass_time(POLICY.health_interval_s) == []
+    assert next_wakeup(play.world, play.now) == grace  # no timer in the past, on which the loop would spin
     actions = play.end("gateway-0", 0)
     grace = POLICY.drain_s + POLICY.stop_timeout_s
     assert actions[-1] == Terminate("m-0", grace, "draining", "stopped", "stopping")

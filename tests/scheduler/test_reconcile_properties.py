@@ -139,7 +139,7 @@ class Schedule(RuleBasedStateMachine):
     def an_exit_is_told(self, data: st.DataObject) -> None:
         self.tell_exit(data.draw(st.integers(0, len(self.untold) - 1)))
 
-    @precondition(lambda self: self.now > 60)
+    @precondition(lambda self: self.now > 15)
     @rule(ask=st.sampled_from([StopAsked(), StopAsked(drain=False), StopAsked(kill=True)]))
     def a_stop_is_asked_for(self, ask: StopAsked) -> None:
         apply(self.world, ask, self.now)
