@@ -1,0 +1,153 @@
+"""The command line: what it prints and its exit status, without any engine."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from engine.cli import tables
+from engine.cli.app import app
+from engine.cli.examples import curl_lines
+from engine.cli.serve import Screen, first_key
+from engine.config import Config
+from engine.metering.keys import digest_of, read_keys
+from engine.scheduler.status import ModelStatus, ProgressStatus, SchedulerStatus, Status
+
+
+def run(*words: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, list(words))
+    return result.exit_code, result.output
+
+
+def status(state: str = "ready", **more: object) -> Status:
+    model = ModelStatus.model_validate(
+        {
+            "id": "tiny",
+            "category": "embedding",
+            "engine": "sentence-transformers",
+            "device": "cpu:0",
+            "state": state,
+            "since_s": 3.0,
+            "memory_bytes": 3 * 1024**3,
+            **more,
+        }
+    )
+    return Status(
+        scheduler=SchedulerStatus(pid=1, started=0.0),
+        profile="p",
+        base_url="http://127.0.0.1:1/v1",
+        ready=state == "ready",
+        models=[model],
+    )
+
+
+def printed(thing: object) -> str:
+    out = io.StringIO()
+    Console(file=out, width=160).print(thing)
+    return out.getvalue()
+
+
+def test_help_names_every_command() -> None:
+    code, text = run("--help")
+    assert code == 0
+    for command in ("serve", "status", "stop", "logs", "doctor", "version", "keys"):
+        assert command in text
+
+
+def test_version_names_the_engines() -> None:
+    code, text = run("version")
+    assert code == 0
+    assert "hearth 0.1.0" in text and "vllm 0.32.0" in text
+
+
+def test_status_when_nothing_runs(tmp_path: Path) -> None:
+    code, text = run("status", "--state-dir", str(tmp_path))
+    assert code == 1 and "make serve" in text
+    code, text = run("status", "--json", "--state-dir", str(tmp_path))
+    assert code == 1 and json.loads(text)["running"] is False
+
+
+def test_stop_when_nothing_runs(tmp_path: Path) -> None:
+    code, text = run("stop", "--state-dir", str(tmp_path))
+    assert code == 0 and "did not run" in text
+
+
+def test_logs_of_an_unknown_model_name_the_nearest(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    (folder / "whisper-tiny-en-0.log").write_text("one\ntwo\nthree\n")
+    assert run("logs", "whisper-tiny-en", "-n", "2", "--state-dir", str(tmp_path)) == (0, "two\nthree\n")
+    code, text = run("logs", "whisper-tiny", "--state-dir", str(tmp_path))
+    assert code == 0 and "three" in text
+    code, text = run("logs", "wisper-tiny-em-0", "--state-dir", str(tmp_path))
+    assert code == 1 and "Did you mean whisper-tiny-en-0" in text
+
+
+def test_a_bad_configuration_ends_with_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "h.toml"
+    file.write_text("prot = 1\n")
+    code, text = run("serve", "--config", str(file))
+    assert code == 1 and "Did you mean 'port'?" in text and "Traceback" not in text
+    code, text = run("serve", "--profile", "tinny", "--state-dir", str(tmp_path))
+    assert code == 1 and "Did you mean tiny" in text
+
+
+def test_keys_are_shown_once_and_kept_hashed(tmp_path: Path) -> None:
+    code, text = run("keys", "create", "for a test", "--state-dir", str(tmp_path))
+    key = text.strip()
+    file = tmp_path / "keys.json"
+    assert code == 0 and key.startswith("hearth-")
+    assert key not in file.read_text() and read_keys(file)[0].sha256 == digest_of(key)
+    code, text = run("keys", "list", "--state-dir", str(tmp_path))
+    assert "for a test" in text and key not in text
+
+
+def test_the_first_key(tmp_path: Path) -> None:
+    config = Config(state_dir=tmp_path)
+    key = first_key(config)
+    assert key is not None and first_key(config) is None
+    given = Config(state_dir=tmp_path, api_key="my-own-key")
+    assert first_key(given) == "my-own-key" == first_key(given)
+    assert len(read_keys(config.keys_file)) == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "more", "expected"),
+    [
+        ("starting", {"reason": "loading the model", "eta_s": 12.0}, "loading the model; about 12 s left"),
+        ("backoff", {"reason": "exit status 1", "restarts": 2}, "exit status 1; 2 restarts"),
+        ("ready", {}, "3.0 GiB"),
+    ],
+)
+def test_the_table_says_why(state: str, more: dict[str, object], expected: str) -> None:
+    assert expected in printed(tables.models(status(state, **more)))
+
+
+def test_the_table_shows_progress() -> None:
+    progress = ProgressStatus(stage="download", done=5 * 1024**2, total=10 * 1024**2, unit="bytes")
+    assert "download 5 MiB of 10 MiB" in printed(tables.models(status("preparing", progress=progress)))
+
+
+def test_plain_lines_tell_each_change_once_and_then_how_to_use_it() -> None:
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=200), "hearth-key", live=False)
+    for state in ("starting", "starting", "warming", "ready", "ready", "backoff", "ready"):
+        screen.show(status(state))
+    text = out.getvalue()
+    assert text.count("tiny: starting") == 1
+    assert text.count("Every model is warm") == 1
+    assert "http://127.0.0.1:1/v1" in text and "hearth-key" in text
+    assert "\x1b" not in text
+    assert text.index("Every model is warm") < text.index("tiny: backoff")
+
+
+def test_a_curl_line_for_every_category() -> None:
+    categories = ("chat", "code", "vision", "image", "audio", "embedding", "detection")
+    lines = curl_lines([(category, category) for category in categories], "http://h/v1", "k")
+    assert [category for category, _ in lines] == list(categories)
+    assert all(line.startswith("curl -s http://h/v1/") and "Bearer k" in line for _, line in lines)
