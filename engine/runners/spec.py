@@ -3,10 +3,11 @@
 The contract (the scheduler relies on it, whatever library is inside):
 
 - started as ``python -m engine.runners.<module> --spec FILE``, FILE being a :class:`RunnerSpec` as JSON;
-- serves OpenAI-format HTTP on the Unix socket ``spec.socket`` (mode 0600), bound only once the model is loaded or
-  answering ``GET /health`` with 503 until it is; 200 means "loaded", not yet "warm";
+- serves OpenAI-format HTTP on the Unix socket ``spec.socket`` (mode 0600), bound only once the model is loaded
+  or answering ``GET /health`` with 503 until it is; 200 means "loaded", not yet "warm";
 - ``GET /metrics`` is Prometheus text;
-- accepts ``spec.model`` and each of ``spec.aliases`` as the request's ``model`` (the gateway forwards bodies untouched);
+- accepts ``spec.model`` and each of ``spec.aliases`` as the request's ``model``, since the gateway
+  forwards bodies untouched;
 - SIGTERM: finish what is running (at most ``spec.drain_s`` seconds), then exit 0;
 - starts no process outside its own process group.
 """
@@ -40,15 +41,25 @@ class RunnerSpec(BaseModel):
     aliases: list[str] = Field(default_factory=list, description="Further serving names.")
     category: Category
     engine: EngineKind
-    capabilities: list[str] = Field(default_factory=list, description="What the model can do, e.g. 'tools', 'translate'.")
-    model_dir: Path = Field(description="Folder (or file) with the weights, in the layout that the engine loads.")
+    capabilities: list[str] = Field(
+        default_factory=list, description="What the model can do, e.g. 'tools', 'translate'."
+    )
+    model_dir: Path = Field(
+        description="Folder (or file) with the weights, in the layout that the engine loads."
+    )
     socket: Path = Field(description="Unix socket to serve on.")
     device: str = Field(default="cpu:0", description="Device name, 'cpu:0' or 'cuda:0,1'.")
     threads: int = Field(default=1, ge=1, description="CPU threads for the model's arithmetic.")
     memory_bytes: int = Field(default=0, ge=0, description="Memory budget in bytes; 0 = no budget given.")
     context_length: int | None = Field(default=None, description="Longest input plus output, in tokens.")
     max_batch: int = Field(default=8, ge=1, description="Most requests (or items) that run together.")
-    max_wait_ms: float = Field(default=5.0, ge=0, description="Longest a request waits for company, milliseconds.")
-    max_queue: int = Field(default=256, ge=1, description="Most requests that wait; one more is answered 429.")
+    max_wait_ms: float = Field(
+        default=5.0, ge=0, description="Longest a request waits for company, milliseconds."
+    )
+    max_queue: int = Field(
+        default=256, ge=1, description="Most requests that wait; one more is answered 429."
+    )
     drain_s: float = Field(default=30.0, ge=0, description="Longest drain after SIGTERM, seconds.")
-    options: dict[str, Any] = Field(default_factory=dict, description="Options of this engine (catalog 'options').")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of this engine (catalog 'options')."
+    )
