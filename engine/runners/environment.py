@@ -13,6 +13,8 @@ from engine.runners.spec import RunnerSpec
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHIM = Path(__file__).resolve().parent / "shim"
 
+#: Largest picture that a vLLM runner decodes; the gateway's `fetch.max_pixels` has the same default.
+MAX_PIXELS = 50_000_000
 #: Never a call home, never a model hub: a runner gets a folder with everything in it.
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -93,7 +95,11 @@ def _eager(spec: RunnerSpec) -> bool:
 
 
 def _vllm(spec: RunnerSpec) -> dict[str, str]:
-    env = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    env = {
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
+    }
     if spec.device.startswith("cpu"):
         # Unbound: several servers share the same cores, and binding would pin all of them to the first ones.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

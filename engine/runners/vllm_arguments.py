@@ -22,6 +22,8 @@ _OURS = {
     "uds": "the scheduler",
     "host": "the scheduler; a runner listens on its Unix socket only",
     "port": "the scheduler; a runner listens on its Unix socket only",
+    "allowed-media-domains": "Hearth; the gateway fetches pictures, a runner never",
+    "allowed-local-media-path": "Hearth; a runner reads no files for a client",
     "api-key": "the gateway, which checks the keys",
     "chat-template": "options.chat_template",
     "kv-cache-memory-bytes": "options.kv_cache_bytes",
@@ -103,7 +105,8 @@ def _defaults(spec: RunnerSpec, weights_bytes: int) -> dict[str, Any]:
         "kv-cache-memory-bytes": kv_cache_bytes(spec, weights_bytes),
         "max-num-seqs": spec.max_batch,
         "shutdown-timeout": int(spec.drain_s),
-        "middleware": "engine.runners.vllm_errors.OpenAIErrors",
+        # A domain that cannot exist: pictures come as data URLs, and nobody makes a runner fetch anything.
+        "allowed-media-domains": ["none.invalid"],
         "enable-prompt-tokens-details": True,
         # The gateway logs every request with its id.
         "disable-uvicorn-access-log": True,

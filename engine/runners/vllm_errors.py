@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -20,11 +21,41 @@ _TOO_LONG = re.compile(
 )
 _VALIDATION = re.compile(r"^\d+ validation errors?:\s*(.*)", re.S)
 _ITEM = re.compile(r"'loc': '(?:body\.)?([^']*)', 'msg': [\"'](.*?)[\"'](?:, '|})")
+#: What vLLM says of pictures (some of it with status 500 or 501), a code, and what a client should read.
+_PICTURES = (
+    (
+        re.compile(r"decompression bomb|exceed the maximum of \d+ pixels"),
+        "image_too_large",
+        "The image has too many pixels. Send a smaller one.",
+    ),
+    (
+        re.compile(r"from one of the allowed domains"),
+        "invalid_image_url",
+        "The image URL cannot be used here: a runner fetches nothing. Send it through the gateway, or as a "
+        "data URL.",
+    ),
+    (
+        re.compile(r"must be either a HTTP, data or file URL|Only base64 data URLs|Cannot load local files"),
+        "invalid_image_url",
+        "The image URL must be a base64 data URL (data:image/png;base64,...) or an http(s) URL.",
+    ),
+    (
+        re.compile(r"Failed to load image|cannot identify image|[Nn]on-base64 digit|Incorrect padding"),
+        "invalid_image",
+        "The image is empty, damaged, truncated or in no known format. Send it again in whole.",
+    ),
+)
 _EVENT = b'data: {"error"'
 
 
+log = logging.getLogger("vllm.hearth")
+
+
 class OpenAIErrors:
-    """ASGI middleware: rewrites answers of status 400 and above, and error events in a stream."""
+    """ASGI wrapper that rewrites answers of status 400 and above, and error events in a stream.
+
+    It goes around the whole application, with Starlette's own answer to unexpected errors inside.
+    """
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -33,13 +64,23 @@ class OpenAIErrors:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        await self.app(scope, receive, _Rewriter(send, scope["path"]).send)
+        rewriter = _Rewriter(send, scope["path"])
+        try:
+            await self.app(scope, receive, rewriter.send)
+        except Exception:
+            # Starlette answers 500 and raises again; the server would then cut the connection, and with it
+            # the next request on it. What was answered is done; anything else is the server's affair.
+            if not rewriter.complete:
+                raise
+            log.exception("%s %s failed", scope["method"], scope["path"])
 
 
 class _Rewriter:
     def __init__(self, send: Send, path: str) -> None:
         self._send = send
         self._path = path
+        #: Whether the answer has been sent to its end.
+        self.complete = False
         self._start: Message | None = None
         self._body = bytearray()
 
@@ -56,6 +97,7 @@ class _Rewriter:
             if body.startswith(_EVENT):
                 message = {**message, "body": _event(body, self._path)}
             await self._send(message)
+            self.complete = not message.get("more_body", False)
             return
         if len(self._body) < _MOST_ERROR_BYTES:
             self._body += message.get("body", b"")
@@ -71,6 +113,7 @@ class _Rewriter:
         headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await self._send({**start, "status": error.status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        self.complete = True
 
 
 def translate(status: int, body: bytes, path: str = "/v1/chat/completions") -> ApiError:
@@ -94,6 +137,9 @@ def translate(status: int, body: bytes, path: str = "/v1/chat/completions") -> A
     if match := _VALIDATION.search(message):
         message = "; ".join(f"{where}: {why}" for where, why in _ITEM.findall(message)) or match[1].strip()
     code = error.get("code") if isinstance(error.get("code"), str) else None
+    for pattern, name, sentence in _PICTURES:
+        if pattern.search(message):
+            return ApiError(400, sentence, param="messages", code=name)
     if status in (400, 413, 422) and _TOO_LONG.search(message):
         field = "messages" if "chat" in path else "prompt"
         return ApiError(400, message, param=field, code="context_length_exceeded")

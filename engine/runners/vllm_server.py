@@ -13,12 +13,16 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
 
 from engine.runners.environment import ensure_environment
 from engine.runners.spec import RunnerSpec
 from engine.runners.vllm_arguments import OptionsError, server_arguments
+from engine.runners.vllm_errors import OpenAIErrors
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt")
 
@@ -54,12 +58,28 @@ def _serve(spec: RunnerSpec) -> int:
     validate_parsed_serve_args(args)
     # Until vLLM has put its own handler here: loading blocks the loop, so only an exception ends it.
     signal.signal(signal.SIGTERM, _interrupt)
+    _translate_errors()
     with _socket_file(spec.socket), contextlib.suppress(KeyboardInterrupt):
         address, listener = setup_server(args, reuse_port=False)
         # Bound but not listening yet, so nobody can have come in before.
         spec.socket.chmod(0o600)
         uvloop.run(run_server_worker(address, listener, args))
     return 0
+
+
+def _translate_errors() -> None:
+    """Puts :class:`OpenAIErrors` around vLLM's application; ``--middleware`` would sit too far inside."""
+    from vllm.entrypoints.launchers.api_server import entry
+
+    build: Callable[..., FastAPI] = entry.build_app
+
+    def build_translated(*args: Any, **kwargs: Any) -> FastAPI:
+        app = build(*args, **kwargs)
+        stack = app.build_middleware_stack
+        app.build_middleware_stack = lambda: OpenAIErrors(stack())  # type: ignore[method-assign]
+        return app
+
+    entry.build_app = build_translated
 
 
 def _interrupt(*_: object) -> None:

@@ -40,9 +40,10 @@ def test_names_socket_and_sizes_come_from_the_spec() -> None:
         "--max-num-seqs=7",
         "--shutdown-timeout=12",
         "--kv-cache-memory-bytes=1000",
-        "--middleware=engine.runners.vllm_errors.OpenAIErrors",
     ):
         assert argument in got
+    # Nobody makes a runner fetch anything.
+    assert got[got.index("--allowed-media-domains") + 1] == "none.invalid"
     assert not any(a.startswith(("--host", "--port", "--tensor-parallel-size")) for a in got)
 
 
@@ -75,7 +76,10 @@ def test_what_others_decide_is_refused(key: str) -> None:
 
 
 def test_an_unknown_option_gets_the_nearest_name() -> None:
-    known = [f"--{n}" for n in ("kv-cache-memory-bytes", "max-num-seqs", "shutdown-timeout", "middleware")]
+    known = [
+        f"--{n}"
+        for n in ("kv-cache-memory-bytes", "max-num-seqs", "shutdown-timeout", "allowed-media-domains")
+    ]
     known += ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log", "--enforce-eager", "--trust"]
     with pytest.raises(
         OptionsError, match=r"enforce-eagre is unknown to the installed vLLM; did you mean 'enfor"

@@ -90,6 +90,32 @@ def test_every_shape_gives_a_message(status: int, body: object, message: str) ->
     assert error["message"] == message and got == (400 if status == 422 else status)
 
 
+@pytest.mark.parametrize(
+    ("status", "message", "code"),
+    [
+        (400, "Failed to load image: cannot identify image file <_io.BytesIO object>", "invalid_image"),
+        (400, "Non-base64 digit found", "invalid_image"),
+        (
+            500,
+            "Image size (9 pixels) exceeds limit of 8 pixels, could be decompression bomb DOS attack.",
+            "image_too_large",
+        ),
+        (
+            400,
+            "Image dimensions 9x9 (81 pixels) exceed the maximum of 80 pixels. Set VLLM_",
+            "image_too_large",
+        ),
+        (400, "The URL must be from one of the allowed domains: ['none.invalid'].", "invalid_image_url"),
+        (500, "Cannot load local files without `--allowed-local-media-path`.", "invalid_image_url"),
+        (501, "Only base64 data URLs are supported for now.", "invalid_image_url"),
+    ],
+)
+def test_a_bad_picture_is_the_clients_mistake(status: int, message: str, code: str) -> None:
+    got, error = error_of(status, {"error": {"message": message, "type": "x", "param": None, "code": status}})
+    assert (got, error["code"], error["param"]) == (400, code, "messages")
+    assert "VLLM" not in error["message"] and "none.invalid" not in error["message"]
+
+
 Message = MutableMapping[str, Any]
 
 
@@ -136,6 +162,32 @@ async def test_an_error_in_pieces_is_rewritten_with_its_length() -> None:
     assert got[0]["status"] == 400 and headers[b"x-request-id"] == b"r"
     assert headers[b"content-length"] == str(len(got[1]["body"])).encode()
     assert json.loads(got[1]["body"])["error"]["code"] is None and len(got) == 2
+
+
+async def test_what_is_raised_after_the_answer_does_not_cut_the_connection() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"Internal Server Error"})
+        raise RuntimeError("logged, not passed on")
+
+    async def dies(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"half", "more_body": True})
+        raise RuntimeError("passed on")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions"}
+    await OpenAIErrors(app)(scope, receive, send)
+    assert json.loads(sent[1]["body"])["error"]["type"] == "server_error"
+    with pytest.raises(RuntimeError, match="passed on"):
+        await OpenAIErrors(dies)(scope, receive, send)
 
 
 async def test_an_error_in_mid_stream_has_the_same_shape() -> None:
