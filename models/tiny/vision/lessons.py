@@ -164,15 +164,22 @@ def _record_turn(record: Record) -> Turn:
     return Turn(record.text, record.answer, tuple(found.span() for found in _CONTENT.finditer(record.answer)))
 
 
-def answer_step(training: Training, teacher: Teacher, size: int, rate: float) -> dict[str, float]:
-    """One step of the answer stage over so many scenes; its losses by name."""
+def answer_step(
+    training: Training, teacher: Teacher, seen_scenes: int, told_scenes: int, rate: float
+) -> dict[str, float]:
+    """One step of the answer stage; its losses by name.
+
+    So many scenes are seen, and talks are held about the first `told_scenes` of them: a look costs a third
+    of a talk, and seeing is what takes the most examples.
+    """
     rng = step_rng("answer", training.answer_step, training.seed)
-    sight = draw_batch(rng, size)
-    rows = teacher.pack(rng, sight.scenes)
+    sight = draw_batch(rng, seen_scenes)
+    rows = teacher.pack(rng, sight.scenes[:told_scenes])
     with torch.autocast("cpu", torch.bfloat16):
         features = patch_features(training.model, to_input(sight.pixels))
         seen = training.reader.total(training.reader(features, sight.labels))
-        logits = answer_logits(training.model, features, rows.tokens, rows.positions, rows.mask, rows.wanted)
+        told = features[:told_scenes]
+        logits = answer_logits(training.model, told, rows.tokens, rows.positions, rows.mask, rows.wanted)
         said = torch.nn.functional.cross_entropy(logits.float(), rows.successors)
     torch.autograd.backward(said + _SIGHT_WEIGHT * seen)
     training.optimizer.step(rate)

@@ -26,13 +26,14 @@ from models.tiny.vision.optimizer import Optimizer
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 DEFAULT_FOLDER = Path("var/train-vision")
 SEE_BATCH = 64
-ANSWER_BATCH = 24
+SEEN_BATCH = 40
+TOLD_BATCH = 12
 _SAVE_SECONDS = 120.0
 _WARM_UP = 100
 _SEE_RATE = 2e-3
 _ANSWER_RATE = 1.5e-3
 # The part of the answer stage over which its learning rate falls to nothing.
-_COOL_DOWN = 0.4
+_COOL_DOWN = 0.7
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def train(plan: Plan, training: Training) -> None:
             else:
                 teacher = teacher or Teacher()
                 rate = answer_rate(training.answer_step, plan.answer_steps)
-                fresh = answer_step(training, teacher, ANSWER_BATCH, rate)
+                fresh = answer_step(training, teacher, SEEN_BATCH, TOLD_BATCH, rate)
                 task, done = answer, training.answer_step
             training.seconds += time.monotonic() - tick
             losses = {name: 0.97 * losses.get(name, value) + 0.03 * value for name, value in fresh.items()}
