@@ -22,6 +22,12 @@ _ORDER: tuple[ReplicaState, ...] = (
     "ready",
 )
 
+_STAGES = {
+    "download": "downloading its weights",
+    "convert": "converting its weights",
+    "verify": "checking its weights",
+}
+
 
 @dataclass(frozen=True)
 class Outlook:
@@ -82,9 +88,10 @@ def _waiting(world: World, unit: Unit, expected: float, now: float) -> Outlook:
     if weights.state == "starting":
         progress = weights.progress
         left = _preparation_left(progress, now - weights.started_at)
-        reason = (progress.message if progress else "") or "preparing its weights"
+        # The progress's own message may name folders: it is in the status, not in the answers of the API.
+        reason = _STAGES.get(progress.stage, "") if progress else ""
         eta = None if left is None else left + expected
-        return Outlook("preparing", reason, weights.since, eta, progress)
+        return Outlook("preparing", reason or "preparing its weights", weights.since, eta, progress)
     return Outlook("planned", "waiting for its weights", unit.since, None)
 
 

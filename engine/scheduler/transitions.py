@@ -28,6 +28,9 @@ from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.statefile import UnitRecord
 from engine.scheduler.units import Ending, GatewayPlan, Stop, Unit, UnitKind, UnitPlan, World
 
+#: A preparation may download anew each time, so it waits this many times as long between tries.
+PREPARATION_PATIENCE = 5
+
 
 def _kind_of(plan: UnitPlan) -> UnitKind:
     if isinstance(plan, RunnerPlan):
@@ -206,7 +209,8 @@ def _count_failure(world: World, unit: Unit, now: float) -> None:
         unit.failures = 0
     unit.failures += 1
     doublings = min(unit.failures - 1, 30)
-    unit.retry_at = now + min(policy.backoff_max_s, policy.backoff_first_s * 2**doublings)
+    wait = min(policy.backoff_max_s, policy.backoff_first_s * 2**doublings)
+    unit.retry_at = now + wait * (PREPARATION_PATIENCE if unit.kind == "preparation" else 1)
 
 
 def _stop(world: World, event: StopAsked, now: float) -> None:

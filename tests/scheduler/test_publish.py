@@ -91,9 +91,9 @@ def test_a_preparation_shows_its_progress_and_what_it_still_takes(tmp_path: Path
     weights.started_at = 100.0
     assert outlook(made, made.units["a-0"], 101.0).state == "preparing"
     assert outlook(made, made.units["a-0"], 101.0).eta_s is None
-    weights.progress = Progress("download", 25.0, 100.0, "bytes", "downloading a")
+    weights.progress = Progress("download", 25.0, 100.0, "bytes", "from /a/folder")
     seen = outlook(made, made.units["a-0"], 110.0)
-    assert (seen.reason, seen.eta_s) == ("downloading a", 30.0 + 20.0)
+    assert (seen.reason, seen.eta_s) == ("downloading its weights", 30.0 + 20.0)
 
 
 def test_backoff_counts_the_wait(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from engine.scheduler.messages import (
 )
 from engine.scheduler.reconcile import next_wakeup, reconcile
 from engine.scheduler.statefile import UnitRecord
-from engine.scheduler.transitions import apply, begin, commit
+from engine.scheduler.transitions import PREPARATION_PATIENCE, apply, begin, commit
 from engine.scheduler.units import ProcessRef, UnitPlan, World
 
 from .support import POLICY, entry, gateway_plan, preparation_plan, runner_plans
@@ -186,7 +186,8 @@ def test_a_failed_preparation_holds_its_runner_and_is_tried_again(tmp_path: Path
     play.step()
     play.end("prepare-m", 1)
     assert play.state("prepare-m") == "backoff"
-    assert play.pass_time(POLICY.backoff_first_s) == [Launch("prepare-m")]
+    assert play.pass_time(POLICY.backoff_first_s) == []
+    assert play.pass_time(POLICY.backoff_first_s * (PREPARATION_PATIENCE - 1)) == [Launch("prepare-m")]
     assert Launch("m-0") in play.end("prepare-m", 0, Path("/w"))
 
 
@@ -356,7 +357,7 @@ def test_a_preparation_left_over_is_begun_anew(tmp_path: Path) -> None:
     play = Play([preparation_plan(runner), runner], [record("prepare-m", "preparation", "p", "starting")])
     assert isinstance(play.step()[0], Terminate)
     play.end("prepare-m", 0, None)
-    assert Launch("prepare-m") in play.pass_time(POLICY.backoff_first_s)
+    assert Launch("prepare-m") in play.pass_time(POLICY.backoff_first_s * PREPARATION_PATIENCE)
 
 
 def test_workers_that_share_a_port_are_not_blamed_for_a_missed_check() -> None:
