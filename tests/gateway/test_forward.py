@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from pathlib import Path
 
 import aiohttp
@@ -252,3 +253,27 @@ async def test_a_runner_on_another_machine_is_reached_by_its_url(house: House, r
     status, body, _ = await house.post(CHAT, {"model": "far"})
     assert (status, body["model"]) == (200, "dummy")
     assert runner.seen[0][0] == CHAT
+
+
+async def test_clients_that_come_and_go_leave_no_count_behind(
+    tmp_path: Path, runner: DummyRunner, second: DummyRunner
+) -> None:
+    chance = random.Random(7)
+    async with open_house(tmp_path, route("dummy", runner, second)) as house:
+
+        async def one(i: int) -> int:
+            try:
+                async with asyncio.timeout(chance.choice([0.005, 0.02, 1])):
+                    return (await house.post(CHAT, ASK))[0]
+            except TimeoutError:
+                return 0
+
+        for behaviour in ("slow", "endless_stream", "die", "break_bytes"):
+            runner.behaviour, second.behaviour = behaviour, "echo"
+            runner.go_on.set()
+            statuses = await asyncio.gather(*(one(i) for i in range(30)), return_exceptions=True)
+            assert 200 in statuses
+        served = house.gateway.directory.find("dummy")
+        await until(lambda: [each.in_flight for each in served.upstreams] == [0, 0])
+        _, text, _ = await house.get("/metrics")
+        assert 'hearth_gateway_in_flight{model="dummy"} 0.0' in text
