@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
-EXTRAS = "audio,embedding,image,detection,dev"
+EXTRAS = "audio,embedding,image,detection,gguf,dev"
 #: Pinned although nothing names them: the build of this package itself needs them.
 BUILD = ("setuptools<80", "wheel")
 

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = "audio,embedding,image,detection,dev"
+EXTRAS = "audio,embedding,image,detection,gguf,dev"
 #: The only package this index is asked for, and only where pip's own index has no CPU build of it.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYTHONS = ((3, 11), (3, 12))
