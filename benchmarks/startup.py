@@ -95,16 +95,17 @@ class Serving:
 
 
 @contextmanager
-def serving(weights: Path, profile: str) -> Iterator[Serving]:
+def serving(weights: Path, profile: str, file: Path | None) -> Iterator[Serving]:
     """A fresh Hearth; whatever happens, it is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="hearth-bench-") as folder:
         state_dir = Path(folder)
         clean = {name: value for name, value in os.environ.items() if not name.startswith("HEARTH_")}
         os.environ.clear()
         os.environ.update(clean, HEARTH_WEIGHTS__DIR=str(weights.resolve()), HEARTH_API_KEY="benchmark-key-1")
-        config = load(state_dir=state_dir, profile=profile, port=0)
+        config = load(file, state_dir=state_dir, profile=profile, port=0)
         command = [sys.executable, "-m", "engine.cli", "serve", "--port", "0", "--plain"]
         command += ["--state-dir", folder, "--profile", profile]
+        command += ["--config", str(file)] if file else []
         log = state_dir / "serve.txt"
         with log.open("wb") as sink:
             process = subprocess.Popen(
@@ -123,10 +124,12 @@ def serving(weights: Path, profile: str) -> Iterator[Serving]:
             asyncio.run(control.stop(config, drain=False))
 
 
-def measure(weights: Path, profile: str, *, limit_s: float, rest_s: float, idle_s: float) -> dict[str, Any]:
+def measure(
+    weights: Path, profile: str, file: Path | None, *, limit_s: float, rest_s: float, idle_s: float
+) -> dict[str, Any]:
     """One whole run."""
     before = machine()
-    with serving(weights, profile) as hearth:
+    with serving(weights, profile, file) as hearth:
         ready_s, status = hearth.wait_ready(limit_s)
         replicas = {r.id: r.pid for model in status.models for r in model.replicas if r.pid}
         gateways = {unit.id: unit.pid for unit in status.gateways if unit.pid}
@@ -209,13 +212,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
     parser.add_argument("--weights", type=Path, default=ROOT / "var" / "weights", help="prepared weights")
     parser.add_argument("--profile", default="tiny")
+    parser.add_argument("--config", type=Path, help="configuration file; default: hearth.toml, if any")
     parser.add_argument("--limit", type=float, default=900.0, help="longest wait for ready, seconds")
     parser.add_argument("--rest", type=float, default=10.0, help="rest before the idle measure, seconds")
     parser.add_argument("--idle", type=float, default=30.0, help="length of the idle measure, seconds")
     given = parser.parse_args()
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
-    result = measure(given.weights, given.profile, limit_s=given.limit, rest_s=given.rest, idle_s=given.idle)
+    limits = {"limit_s": given.limit, "rest_s": given.rest, "idle_s": given.idle}
+    result = measure(given.weights, given.profile, given.config, **limits)
     show(result, console)
     console.print(f"Written to {write_result('startup', result)}.")
     if any(row["preparing_s"] > 1 for row in result["models"].values()):
