@@ -105,7 +105,7 @@ def serving(weights: Path, profile: str, file: Path | None) -> Iterator[Serving]
         config = load(file, state_dir=state_dir, profile=profile, port=0)
         command = [sys.executable, "-m", "engine.cli", "serve", "--port", "0", "--plain"]
         command += ["--state-dir", folder, "--profile", profile]
-        command += ["--config", str(file)] if file else []
+        command += ["--config", str(file.resolve())] if file else []
         log = state_dir / "serve.txt"
         with log.open("wb") as sink:
             process = subprocess.Popen(
