@@ -111,6 +111,10 @@ def _defaults(spec: RunnerSpec, weights_bytes: int) -> dict[str, Any]:
         # The gateway logs every request with its id.
         "disable-uvicorn-access-log": True,
     }
+    if spec.device.startswith("cuda"):
+        # With a fixed KV cache the share decides nothing, but vLLM still refuses to start where less than
+        # this much is free, and other runners live on the same GPU.
+        options["gpu-memory-utilization"] = 0.05
     if spec.context_length is not None:
         options["max-model-len"] = spec.context_length
     if device_count(spec.device) > 1:

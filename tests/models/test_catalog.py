@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.runners.spec import RUNNER_MODULES
+from engine.runners.spec import RUNNER_MODULES, RunnerSpec
+from engine.runners.vllm_arguments import kv_cache_bytes
 from models.catalog import (
     Catalog,
     CatalogError,
@@ -72,6 +73,64 @@ def test_every_profile_names_known_models_only() -> None:
     assert "tiny" in profile_names()
     for each in load_profiles():
         assert [catalog.find(model.id).id for model in each.models] == [model.id for model in each.models]
+
+
+#: Published weights (GiB) and KV cache of one token (bytes) of the GPU profiles' vLLM models: from their own
+#: configurations, not from the catalog.
+FACTS = {
+    "qwen3-0.6b": (1.40, 114688),
+    "gpt-oss-20b": (12.8, 49152),
+    "qwen2.5-coder-1.5b": (2.88, 28672),
+    "qwen2.5-coder-7b": (14.19, 57344),
+    "qwen3-vl-2b": (3.96, 114688),
+    "qwen3-vl-8b": (16.33, 147456),
+}
+GPU_PROFILES = [p for p in load_profiles() if p.needs.gpus]
+
+
+@pytest.mark.parametrize("gpu", GPU_PROFILES, ids=lambda p: p.name)
+def test_a_gpu_profile_serves_every_category_within_its_gpus(gpu: Profile) -> None:
+    catalog = load_catalog()
+    entries = [catalog.find(model.id) for model in gpu.models]
+    assert [entry.category for entry in entries] == CATEGORIES
+    budgets = [
+        model.memory_bytes or entry.memory_bytes for model, entry in zip(gpu.models, entries, strict=True)
+    ]
+    assert sum(budgets) <= gpu.needs.gpus * gpu.needs.gpu_memory_bytes
+    assert not any(entry.gated or "non-commercial" in entry.licence for entry in entries)
+
+
+@pytest.mark.parametrize("gpu", GPU_PROFILES, ids=lambda p: p.name)
+def test_each_vllm_budget_leaves_a_cache_for_the_longest_context(gpu: Profile) -> None:
+    catalog = load_catalog()
+    for model in gpu.models:
+        entry = catalog.find(model.id)
+        if entry.engine != "vllm":
+            continue
+        gib, token = FACTS[model.id]
+        spec = RunnerSpec(
+            model=entry.id,
+            category=entry.category,
+            engine=entry.engine,
+            model_dir=Path("/x"),
+            socket=Path("/x.sock"),
+            device="cuda:0",
+            memory_bytes=model.memory_bytes or entry.memory_bytes,
+            options=merge_options(entry.options, model.options),
+        )
+        assert model.context_length is not None and model.context_length <= (entry.context_length or 0)
+        assert kv_cache_bytes(spec, int(gib * GIB)) >= token * model.context_length, model.id
+
+
+def test_a_24_gb_and_an_80_gb_card_get_their_profiles() -> None:
+    profiles = load_profiles()
+    host = 256 * GIB
+    # As nvidia-smi reports them, MiB: L4, RTX 4090, H100, two H100, and none.
+    assert choose_profile(profiles, [23034 << 20], host) == "gpu-24g"
+    assert choose_profile(profiles, [24564 << 20], host) == "gpu-24g"
+    assert choose_profile(profiles, [81559 << 20], host) == "gpu-80g"
+    assert choose_profile(profiles, [81559 << 20] * 2, host) == "gpu-80g"
+    assert choose_profile(profiles, [], 16 * GIB) == "tiny"
 
 
 def test_an_unknown_name_gets_the_nearest_ones() -> None:

@@ -108,6 +108,7 @@ def test_the_kv_cache_is_what_the_budget_leaves() -> None:
     assert kv_cache_bytes(spec, 15 * GIB) == 2 * GIB
     less = make_spec(device="cuda:0", memory_bytes=20 * GIB, options={"reserve_bytes": GIB})
     assert kv_cache_bytes(less, 15 * GIB) == 4 * GIB
+    assert "--gpu-memory-utilization=0.05" in server_arguments(spec, 15 * GIB)
     two = make_spec(device="cuda:0,1", memory_bytes=40 * GIB, options={})
     assert kv_cache_bytes(two, 20 * GIB) == 7 * GIB
     assert "--tensor-parallel-size=2" in server_arguments(two, 20 * GIB)
