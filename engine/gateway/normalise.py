@@ -35,6 +35,8 @@ _INSIDE = re.compile(
 _VALIDATION = re.compile(r"^\d+ validation errors?:?\s*\n", re.IGNORECASE)
 _RETRY_HEADERS = (b"retry-after", b"retry-after-ms", b"x-should-retry", b"allow")
 _MOST_MESSAGE = 2000
+#: A field that may be one of many shapes has a fault for each of them.
+_MOST_FAULTS = 3
 
 
 def normalised(status: int, body: bytes, headers: list[tuple[bytes, bytes]], model: str) -> ApiError:
@@ -137,6 +139,8 @@ def _validation(message: str) -> tuple[str, str | None]:
         text = f"{where}: {item['msg']}" if where else str(item["msg"])
         if text not in said:
             said.append(text)
+    if len(said) > _MOST_FAULTS:
+        said = [*said[:_MOST_FAULTS], f"and {len(said) - _MOST_FAULTS} more"]
     return ("; ".join(said) or message), first
 
 

@@ -58,6 +58,13 @@ def test_a_validation_report_becomes_a_sentence() -> None:
     assert rewritten(400, vllm(report, 400))[2] == "messages"
 
 
+def test_a_long_validation_report_is_cut() -> None:
+    lines = "".join(f"\n  {{'loc': 'body.messages.0.{i}', 'msg': 'no'}}" for i in range(9))
+    message, _, param, _ = rewritten(400, vllm(f"9 validation errors:{lines}", 400))
+    assert message == "messages.0.0: no; messages.0.1: no; messages.0.2: no; and 6 more"
+    assert param == "messages.0.0"
+
+
 def test_a_validation_report_that_cannot_be_read_is_kept() -> None:
     report = "1 validation error:\n  {'type': 'missing', 'loc' ...[truncated]"
     assert rewritten(400, vllm(report, 400))[0] == report
