@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from models.tiny.image.captions import HELD_OUT_WORDINGS, every_training_word, phrase, random_caption
 from models.tiny.image.drawing import COLOURS, SHAPES, Scene, draw, scenes
-from models.tiny.image.evaluate import questions, share
+from models.tiny.image.exam import questions, share
 from models.tiny.image.pixels import Pixels, Seen, look
 
 WEIGHTS = Path("models/tiny/image/weights")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.tiny.image.evaluate import questions
+from models.tiny.image.exam import questions
 from models.tiny.image.pixels import Pixels, Seen, look
 from tests.runners.conftest import Started, StartRunner
 
@@ -71,3 +73,36 @@ async def test_pictures_show_what_was_asked_for(start_runner: StartRunner) -> No
     assert [look(pixels(pair, i)).colour for i in range(2)] == ["blue", "blue"]
     status, error, _ = await runner.post(PATH, {"model": "tiny-image", "prompt": "x", "size": "7x7"})
     assert (status, error["error"]["param"]) == (400, "size")
+
+
+@pytest.fixture
+def flux_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "flux"
+    subprocess.run([sys.executable, "-m", "tests.runners.tiny_flux", str(folder)], check=True, timeout=200)
+    return folder
+
+
+@pytest.mark.engines
+async def test_another_kind_of_pipeline_is_served_from_its_folder(
+    start_runner: StartRunner, flux_folder: Path
+) -> None:
+    runner = start_runner(
+        "engine.runners.image",
+        model="flux",
+        category="image",
+        engine="diffusers",
+        model_dir=flux_folder,
+        options={"default_size": "128x64", "steps": 2},
+    )
+    await runner.ready(120)
+    body = {"model": "flux", "prompt": "a red circle", "n": 2, "seed": 1, "guidance_scale": 2}
+    status, answer, _ = await runner.post(PATH, body)
+    assert status == 200, answer
+    assert answer["size"] == "128x64" and "painted_size" not in answer
+    one, other = pixels(answer, 0), pixels(answer, 1)
+    assert one.shape == (64, 128, 3)
+    assert (one != other).any()
+    status, again, _ = await runner.post(PATH, body)
+    assert (pixels(again, 1) == other).all()
+    status, error, _ = await runner.post(PATH, body | {"size": "122x64"})
+    assert (status, error["error"]["code"]) == (400, "invalid_size")
