@@ -57,12 +57,15 @@ def torch_pin(kind: str) -> str:
     raise AssertionError
 
 
-def pip(python: Path, *args: str, quiet: bool = False) -> bool:
-    """Runs the environment's pip; whether it succeeded."""
-    command = [str(python), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", *args]
-    if not quiet:
-        return subprocess.run(command).returncode == 0
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+def pip(python: Path, *args: str, heard: bool = True) -> bool:
+    """Runs the environment's pip, which speaks only of errors; whether it succeeded."""
+    command = [str(python), "-m", "pip", "install", "-qq", "--no-input", "--disable-pip-version-check", *args]
+    return subprocess.run(command, stderr=None if heard else subprocess.DEVNULL).returncode == 0
+
+
+def step(text: str) -> None:
+    """Tells what is done now; pip itself is silent."""
+    print(f"setup: {text}", flush=True)
 
 
 def make_environment(venv: Path) -> Path:
@@ -82,28 +85,30 @@ def make_environment(venv: Path) -> Path:
 def install_torch_cpu(python: Path, version: str) -> None:
     """The CPU build of torch: from pip's configured index or, failing that, from PyTorch's own."""
     wanted = f"torch=={version}+cpu"
-    if pip(python, "--no-deps", "--quiet", wanted, quiet=True):
+    step(f"{wanted} (the CPU build)")
+    if pip(python, "--no-deps", wanted, heard=False):
         return
-    print(f"setup: pip's own index has no {wanted}; asking PyTorch's CPU index for it")
-    if not pip(python, "--no-deps", "--quiet", "--index-url", TORCH_CPU_INDEX, wanted):
+    step(f"pip's own index has no {wanted}; asking PyTorch's CPU index for it")
+    if not pip(python, "--no-deps", "--index-url", TORCH_CPU_INDEX, wanted):
         fail(f"{wanted} could not be had from either index. Set PIP_FIND_LINKS to a folder with its wheel.")
 
 
 def install(python: Path, kind: str) -> None:
     """Every pinned package, and Hearth itself in place (editable)."""
+    constraint = ["--constraint", str(ROOT / f"requirements/{kind}.txt")]
+    # The build tools first: an isolated build of Hearth itself would fetch them again, unpinned.
+    if not pip(python, *constraint, "setuptools", "wheel"):
+        fail("pip could not install setuptools; its own words stand above. Is a package index reachable?")
     if kind == "cpu":
         install_torch_cpu(python, torch_pin(kind))
-    constraint = ["--constraint", str(ROOT / f"requirements/{kind}.txt")]
-    build = ["setuptools", "wheel"]
-    if not pip(python, "--quiet", *constraint, *build):
-        fail("pip could not install setuptools; its own words stand above. Is a package index reachable?")
-    # The build tools are in the environment already; an isolated build would fetch them again, unpinned.
+    pinned = (ROOT / f"requirements/{kind}.txt").read_text().count("==")
+    step(f"{pinned} pinned packages; this takes a few minutes")
     needed = ["--requirement", str(ROOT / f"requirements/{kind}.in"), "--editable", f"{ROOT}[{EXTRAS}]"]
     # ultralytics asks for opencv-python, which needs a desktop's libraries (libGL, libxcb); the headless
     # build has the same module without them, and wins by being written last.
     headless = ["--force-reinstall", "--no-deps", "opencv-python-headless"]
     for packages in (["--no-build-isolation", *needed], headless):
-        if not pip(python, "--quiet", *constraint, *packages):
+        if not pip(python, *constraint, *packages):
             fail(
                 "pip could not install the dependencies; its own words stand above. Mend that, run it again."
             )
@@ -123,14 +128,11 @@ def main() -> None:
     if free < 8e9:
         fail(f"the dependencies take about 5 GB (8 GB while installing); {free / 1e9:.1f} GB are free.")
     began = time.monotonic()
-    print(
-        f"setup: installing the {kind} dependency set into {options.venv} (about 5 GB, a few minutes, once)",
-        flush=True,
-    )
+    step(f"the {kind} dependency set goes into {options.venv}: about 5 GB, once")
     python = make_environment(options.venv)
     install(python, kind)
     stamp.write_text(wanted)
-    print(f"setup: done in {time.monotonic() - began:.0f} s")
+    step(f"done in {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
