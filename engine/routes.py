@@ -53,7 +53,7 @@ class ModelRoute(BaseModel):
     fim_stop: list[str] = []
     max_in_flight: int | None = Field(
         default=None,
-        description="Most requests of one gateway worker at a replica, running and waiting; None = it bounds itself.",,
+        description="Most requests of one gateway worker at a replica at once; None = it bounds itself.",
     )
     state: ReplicaState = "planned"
     reason: str = Field(default="", description="Why it is not ready, for a person.")
