@@ -22,7 +22,7 @@ from engine.errors import ApiError, bad_request
 from engine.runners import audio_formats as formats
 from engine.runners.audio_decode import SAMPLE_RATE, Samples, decode_audio
 from engine.runners.audio_request import Ask, read_ask
-from engine.runners.audio_slots import Slots, current_ticket
+from engine.runners.audio_slots import OneAtATime, Slots, current_ticket
 from engine.runners.audio_windows import Call, SharedModel, Window, run_calls
 from engine.runners.base import Runner, endpoint, serve
 from engine.runners.batching import Batcher, Work
@@ -95,6 +95,8 @@ class WhisperEngine:
         """Makes ``model`` (a ``WhisperModel``) gather its calls with those of other clips."""
         # Text of a prompt that looks like a control token ("<|endoftext|>") must stay text.
         model.hf_tokenizer.encode_special_tokens = True
+        # The spectrum of a long clip takes many times its own memory for a moment: not for several at once.
+        model.feature_extractor = OneAtATime(model.feature_extractor)
         self._whisper = model.model
         model.model = SharedModel(model.model, self._gather)
         model.encode = lambda features: Window(features)

@@ -60,6 +60,21 @@ def current_ticket() -> Ticket:
     return _ticket.get()
 
 
+class OneAtATime:
+    """A callable that threads use in turn; everything else is the original's own."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        with self._lock:
+            return self._original(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
 class Slots:
     """Runs jobs in threads, at most ``most`` at a time; at most ``max_queue`` more may wait.
 

@@ -115,6 +115,9 @@ def test_a_multilingual_checkpoint_transcribes_detects_and_translates(tmp_path: 
         segments, info = model.transcribe(noise, task=task, beam_size=1, temperature=0, max_new_tokens=5)
         list(segments)
         assert len(info.all_language_probs or []) == 99
+    # Nothing is left of silence once the voice detector has been there; a language is still named.
+    segments, info = model.transcribe(np.zeros(32000, np.float32), vad_filter=True)
+    assert list(segments) == [] and info.language
     assert model.hf_tokenizer.token_to_id("<|translate|>") == 50358
     assert model.hf_tokenizer.token_to_id("<|30.00|>") == 51864
 

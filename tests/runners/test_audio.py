@@ -28,6 +28,7 @@ class FakeModel:
 
     def __init__(self, languages: list[str]) -> None:
         self.hf_tokenizer = SimpleNamespace(encode_special_tokens=False)
+        self.feature_extractor = SimpleNamespace(sampling_rate=16000)
         self.model = SimpleNamespace(is_multilingual=len(languages) > 1)
         self.supported_languages = languages
         self.asked: list[dict[str, Any]] = []

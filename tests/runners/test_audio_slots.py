@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from engine.errors import ApiError
-from engine.runners.audio_slots import ClientGoneError, Slots, current_ticket
+from engine.runners.audio_slots import ClientGoneError, OneAtATime, Slots, current_ticket
 from engine.runners.instruments import Instruments
 from tests.runners.audio_files import until
 
@@ -55,6 +55,26 @@ async def test_never_more_than_most_at_a_time() -> None:
     place = slots(most=3, max_queue=20)
     await asyncio.gather(*(collect(place, job) for _ in range(12)))
     assert peak == 3
+
+
+async def test_one_at_a_time() -> None:
+    inside, peak = 0, 0
+
+    class Original:
+        size = 3
+
+        def __call__(self, number: int, *, plus: int) -> int:
+            nonlocal inside, peak
+            inside += 1
+            peak = max(peak, inside)
+            threading.Event().wait(0.005)
+            inside -= 1
+            return number + plus
+
+    guarded = OneAtATime(Original())
+    calls = (asyncio.to_thread(guarded, number, plus=1) for number in range(6))
+    assert await asyncio.gather(*calls) == [1, 2, 3, 4, 5, 6]
+    assert (peak, guarded.size) == (1, 3)
 
 
 async def test_one_too_many_is_told_when_to_come_back() -> None:
