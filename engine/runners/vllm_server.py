@@ -75,8 +75,8 @@ def _translate_errors() -> None:
 
     def build_translated(*args: Any, **kwargs: Any) -> FastAPI:
         app = build(*args, **kwargs)
-        stack = app.build_middleware_stack
-        app.build_middleware_stack = lambda: OpenAIErrors(stack())  # type: ignore[method-assign]
+        # Some of vLLM's own set-up builds the stack early.
+        app.middleware_stack = OpenAIErrors(app.middleware_stack or app.build_middleware_stack())
         return app
 
     entry.build_app = build_translated
