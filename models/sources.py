@@ -246,7 +246,9 @@ def _watched(folder: Path, total: list[int | None] | None, message: str, report:
 
     def watch() -> None:
         while not done.wait(0.5):
-            report(_size(folder), total[0] if total else None, message)
+            size = _size(folder)
+            # pip rounds the total it tells.
+            report(size, max(total[0], size) if total and total[0] else None, message)
 
     report(0, None, message)
     thread = threading.Thread(target=watch, name="download-watch", daemon=True)
