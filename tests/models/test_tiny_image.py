@@ -28,6 +28,19 @@ PAINTS = {
 }
 
 
+STRANGERS = (
+    "upside-down",
+    "ring",
+    "cross",
+    "bar",
+    "trapezoid",
+    "leaning",
+    "diamond",
+    "pac-man",
+    "house",
+)
+
+
 def sketch(shape: str, colour: str, background: str, side: int = 96) -> Pixels:
     """A shape drawn by Pillow, four times as large and scaled down, so that its edges are soft."""
     big = side * 4
@@ -47,6 +60,18 @@ def sketch(shape: str, colour: str, background: str, side: int = 96) -> Pixels:
     elif shape == "cross":
         pen.rectangle((big * 0.4, top, big * 0.56, bottom), fill=colour)
         pen.rectangle((left, big * 0.42, right, big * 0.58), fill=colour)
+    elif shape == "trapezoid":
+        pen.polygon([(big * 0.34, top), (big * 0.62, top), (right, bottom), (left, bottom)], fill=colour)
+    elif shape == "leaning":
+        pen.polygon([(left, top), (left, bottom), (right, bottom)], fill=colour)
+    elif shape == "diamond":
+        middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
+        pen.polygon([(middle_x, top), (right, middle_y), (middle_x, bottom), (left, middle_y)], fill=colour)
+    elif shape == "pac-man":
+        pen.pieslice((left, top, right, bottom), 45, 315, fill=colour)
+    elif shape == "house":
+        pen.polygon([((left + right) / 2, top), (left, big * 0.5), (right, big * 0.5)], fill=colour)
+        pen.rectangle((left, big * 0.5, right, bottom), fill=colour)
     elif shape == "bar":
         pen.rectangle((left, big * 0.42, right, big * 0.58), fill=colour)
     return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS))
@@ -62,7 +87,7 @@ def test_the_judge_names_what_it_sees(shape: str, side: int) -> None:
                 assert look(picture) == Seen(shape, colour, background)
 
 
-@pytest.mark.parametrize("shape", ["upside-down", "ring", "cross", "bar"])
+@pytest.mark.parametrize("shape", STRANGERS)
 def test_the_judge_does_not_take_one_thing_for_another(shape: str) -> None:
     assert look(sketch(shape, "crimson", "royalblue")).shape is None
 

@@ -25,11 +25,10 @@ HUES = (
     (320, "purple"),
     (361, "red"),
 )
-#: Shares of the bounding box that each shape fills, and how much one may stray.
-FILLS = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5}
-FILL_TOLERANCE = 0.12
 #: Least agreement (intersection over union) with the ideal outline in the same bounding box.
 LEAST_OVERLAP = 0.84
+#: A triangle's tip may be blunt, for small pictures have no room for a sharp one: its width by the base's.
+BLUNT = 0.35
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,10 @@ def name_shape(mask: Mask) -> str | None:
     ideals = {
         "circle": (u - 0.5) ** 2 + (v - 0.5) ** 2 <= 0.25,
         "square": np.ones(box.shape, dtype=bool),
-        "triangle": np.abs(u - 0.5) <= v / 2,
     }
+    tip = float(box[: max(1, height // 10)].sum(axis=1).mean()) / width
+    if tip <= BLUNT:
+        ideals["triangle"] = np.abs(u - 0.5) <= (tip + (1 - tip) * v) / 2
     overlaps = {name: float((box & ideal).sum() / (box | ideal).sum()) for name, ideal in ideals.items()}
     best = max(overlaps, key=lambda name: overlaps[name])
-    fits = overlaps[best] >= LEAST_OVERLAP and abs(float(box.mean()) - FILLS[best]) <= FILL_TOLERANCE
-    return best if fits else None
+    return best if overlaps[best] >= LEAST_OVERLAP else None
