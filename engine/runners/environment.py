@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from engine.runners import scratch
 from engine.runners.spec import RunnerSpec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -30,7 +31,7 @@ _QUIET = {
     "WANDB_DISABLED": "true",
 }
 #: Secrets and settings of the parent that a runner has no use for.
-_DROPPED = ("HEARTH_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "_HEARTH_LEADER")
+_DROPPED = ("HEARTH_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "_HEARTH_")
 
 
 def runner_environment(spec: RunnerSpec, base: Mapping[str, str]) -> dict[str, str]:
@@ -58,6 +59,9 @@ def runner_environment(spec: RunnerSpec, base: Mapping[str, str]) -> dict[str, s
         # Tokenisers start a thread a core otherwise, and warn about forks.
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": visible_devices(spec.device),
+        # joblib would make a semaphore in shared memory at its import, only to see whether it can.
+        "JOBLIB_MULTIPROCESSING": "0",
+        scratch.SHM_VARIABLE: scratch.shm_prefix(spec.socket),
     }
     # A thread that waits for work sleeps instead of spinning: several runners share the cores.
     env |= {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -98,6 +102,7 @@ def _vllm(spec: RunnerSpec) -> dict[str, str]:
     env = {
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_RPC_BASE_PATH": str(scratch.folder_of(spec.socket)),
         "VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
     }
     if spec.device.startswith("cpu"):

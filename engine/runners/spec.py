@@ -3,8 +3,8 @@
 The contract (the scheduler relies on it, whatever library is inside):
 
 - started as ``python -m engine.runners.<module> --spec FILE``, FILE being a :class:`RunnerSpec` as JSON;
-- serves OpenAI-format HTTP on the Unix socket ``spec.socket`` (mode 0600), bound only once the model is loaded
-  or answering ``GET /health`` with 503 until it is; 200 means "loaded", not yet "warm";
+- serves OpenAI-format HTTP on the Unix socket ``spec.socket`` (mode 0600), bound only once the model is
+  loaded or answering ``GET /health`` with 503 until it is; 200 means "loaded", not yet "warm";
 - ``GET /metrics`` is Prometheus text;
 - accepts ``spec.model`` and each of ``spec.aliases`` as the request's ``model``, since the gateway
   forwards bodies untouched;

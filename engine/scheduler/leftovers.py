@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.config import Config
+from engine.runners import scratch
 from engine.scheduler import groups
 from engine.scheduler.statefile import StateFile, UnitRecord, load, write_atomically
 
@@ -154,7 +155,8 @@ def make_runtime(folder: Path) -> None:
 
 
 def remove_runtime(config: Config) -> None:
-    """Removes the folder of the sockets with all that is in it."""
+    """Removes the folder of the sockets with all that is in it, and the runners' shared memory."""
     folder = config.runtime_dir
     if folder.is_dir() and not folder.is_symlink() and folder.stat().st_uid == os.getuid():
         shutil.rmtree(folder, ignore_errors=True)
+        scratch.clear_shared(folder)

@@ -1,6 +1,6 @@
 """Runs at the start of every Python process of a runner, vLLM's children included.
 
-The folder is on the runner's PYTHONPATH. Three repairs, all idle where they are not needed:
+The folder is on the runner's PYTHONPATH. Repairs, all idle where they are not needed:
 
 - **torchvision** from the package index is a CUDA build. Beside a CPU torch its compiled part does not load,
   and its import dies because the schemas of ``torchvision::nms`` and ``torchvision::qnms`` do not exist. When
@@ -8,6 +8,8 @@ The folder is on the runner's PYTHONPATH. Three repairs, all idle where they are
   calling such an op fails then. With a torchvision that loads nothing happens.
 - **torchaudio** and **torchcodec** are CUDA builds too, and libraries import them wherever they are found.
   Nothing here needs them: beside a CPU torch, those linked to CUDA are made to look absent.
+- **shared memory** gets names that begin with ``_HEARTH_SHM``, so that what a killed process leaves can be
+  found (``engine/runners/scratch.py``).
 - **orphans**: vLLM's engine processes outlive an API server that is killed. A process that finds its group's
   leader in ``_HEARTH_LEADER`` ("PID:START TIME") ends itself when the leader is gone.
 
@@ -134,6 +136,18 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] in (b"Z", b"X") else fields[19].decode()
 
 
+def _name_shared_memory() -> None:
+    prefix = os.environ.get("_HEARTH_SHM")
+    if not prefix:
+        return
+    from multiprocessing import shared_memory
+
+    # Neither name is documented; where a later Python has others, the default names are used again.
+    settings: Any = shared_memory
+    settings._SHM_NAME_PREFIX = f"/{prefix}"
+    settings._SHM_SAFE_NAME_LENGTH = len(prefix) + 12
+
+
 def _follow_leader() -> None:
     name, _, started = os.environ.get("_HEARTH_LEADER", "").partition(":")
     if not name or int(name) == os.getpid():
@@ -177,5 +191,6 @@ def install() -> None:
 
 if __name__ == "sitecustomize":
     install()
+    _name_shared_memory()
     _follow_leader()
     _run_next_sitecustomize()
