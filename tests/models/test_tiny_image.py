@@ -116,7 +116,7 @@ def test_the_judge_reads_training_pictures_too() -> None:
 
 def test_held_out_scenes_are_apart_and_every_word_is_taught() -> None:
     taught, held_out = scenes()
-    assert len(taught) == 140 and len(held_out) == 28
+    assert len(taught) == 143 and len(held_out) == 25
     assert not set(taught) & set(held_out)
     assert {s.shape for s in taught} == set(SHAPES)
     assert {s.colour for s in taught} == {s.background for s in taught} == set(COLOURS)

@@ -12,6 +12,7 @@ from PIL import Image
 from engine.runners.image_pipeline import ImageOptions, Manner, Painter, Picture, load_painter, read_options
 from engine.runners.image_size import Size
 from engine.runners.spec import RunnerSpec
+from models.catalog import load_catalog
 
 
 class Pipeline:
@@ -143,3 +144,10 @@ def test_an_unknown_option_is_named_with_the_nearest(tmp_path: Path) -> None:
 def test_a_folder_without_a_pipeline_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"model_index\.json.*Prepare the weights again"):
         load_painter(spec(tmp_path))
+
+
+def test_the_options_of_every_catalog_model_are_known(tmp_path: Path) -> None:
+    entries = [entry for entry in load_catalog().entries.values() if entry.engine == "diffusers"]
+    assert "tiny-image" in {entry.id for entry in entries}
+    for entry in entries:
+        read_options(spec(tmp_path, **entry.options))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from models.tiny.image.drawing import Scene
+from models.tiny.image.drawing import Scene, plain_background
 
 #: What else a shape is called.
 OTHER_NAMES = {"circle": ("disc", "ball", "dot"), "square": ("box",), "triangle": ()}
@@ -94,11 +94,6 @@ def phrase(wording: str, scene: Scene, shape: str | None = None) -> str:
         back=scene.background,
         shape=shape or scene.shape,
     )
-
-
-def plain_background(colour: str) -> str:
-    """What stands behind a shape when the prompt does not say."""
-    return "black" if colour == "white" else "white"
 
 
 def random_caption(scene: Scene, rng: random.Random) -> str:

@@ -29,12 +29,21 @@ class Scene:
     background: str
 
 
+def plain_background(colour: str) -> str:
+    """What stands behind a shape when the prompt does not say."""
+    return "black" if colour == "white" else "white"
+
+
 def scenes() -> tuple[list[Scene], list[Scene]]:
-    """All scenes split into (training, held out); one in six combinations is held out."""
+    """All scenes split into (training, held out); about one in seven is held out.
+
+    None is held out that a prompt without a background means: that meaning has to be taught.
+    """
     every = [Scene(s, c, b) for s in SHAPES for c in COLOURS for b in COLOURS if c != b]
     random.Random(20).shuffle(every)
-    held = len(every) // 6
-    return every[held:], every[:held]
+    drawn = every[: len(every) // 6]
+    held_out = [scene for scene in drawn if scene.background != plain_background(scene.colour)]
+    return [scene for scene in every if scene not in held_out], held_out
 
 
 def draw(batch: list[Scene], height: int, width: int, generator: torch.Generator) -> torch.Tensor:

@@ -165,9 +165,9 @@ def train_denoiser(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--text-steps", type=int, default=1200)
+    parser.add_argument("--text-steps", type=int, default=1700)
     parser.add_argument("--autoencoder-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=4000, help="of the denoiser")
+    parser.add_argument("--steps", type=int, default=4200, help="of the denoiser")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the denoiser")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help=f"go on from the checkpoints in {WORK}")
