@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 from starlette.testclient import TestClient
@@ -242,3 +243,32 @@ def test_previews_are_evenly_spread_and_never_the_last_step(
     steps: int, count: int, expected: set[int]
 ) -> None:
     assert preview_steps(steps, count) == expected
+
+
+def test_the_openai_client_reads_answers_and_streams(client: TestClient) -> None:
+    api = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
+    answer = api.images.generate(model="tiny-image", prompt="a red circle", n=2, size="256x256")
+    assert answer.data is not None and len(answer.data) == 2
+    assert answer.usage is not None and answer.usage.total_tokens == 3 + 128
+    events = list(
+        api.images.generate(model="tiny-image", prompt="a red circle", stream=True, partial_images=1)
+    )
+    assert [event.type for event in events] == [
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    with pytest.raises(openai.BadRequestError) as caught:
+        api.images.generate(model="tiny-image", prompt="a", size="256x256", background="transparent")
+    assert (caught.value.param, caught.value.code) == ("background", "unsupported_parameter")
+
+
+def test_more_pictures_than_the_queue_holds_are_refused_as_a_whole(painter: Painter) -> None:
+    spec = make_spec(max_queue=3, max_batch=1, max_wait_ms=0)
+    with TestClient(make_app(ImageEngine(spec, lambda _: painter), Runner(spec))) as client:
+        while client.get("/health").status_code != 200:
+            pass
+        answer = client.post(PATH, json={"model": "tiny-image", "prompt": "a", "n": 10})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert int(answer.headers["retry-after"]) >= 1
+        assert client.post(PATH, json={"model": "tiny-image", "prompt": "a", "n": 3}).status_code == 200
+    assert sum(len(pictures) for pictures, _ in painter.batches) <= 4 + 3
