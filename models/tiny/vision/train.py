@@ -44,6 +44,8 @@ class Plan:
     answer_steps: int
     seconds: float
     folder: Path
+    # Whether the learning rate is to have fallen to nothing when the time is over.
+    finish: bool = False
 
 
 @dataclass
@@ -102,9 +104,12 @@ def see_step(training: Training) -> dict[str, float]:
     return dict(zip(LABELS, losses.detach().tolist(), strict=True))
 
 
-def answer_rate(step: int, steps: int) -> float:
-    """The learning rate of a step of the answer stage: warm-up, plateau, straight down to zero."""
-    left = (steps - step) / (steps * _COOL_DOWN)
+def answer_rate(step: int, steps: int, time_left: float = 1.0) -> float:
+    """The learning rate of a step of the answer stage: warm-up, plateau, straight down to zero.
+
+    Zero comes with the last step or, if that is earlier, with the end of the time (`time_left`: 1..0).
+    """
+    left = min((steps - step) / steps, time_left) / _COOL_DOWN
     return _ANSWER_RATE * min(1.0, (step + 1) / _WARM_UP, max(left, 0.0))
 
 
@@ -127,7 +132,8 @@ def train(plan: Plan, training: Training) -> None:
                 task, done = see, training.see_step
             else:
                 teacher = teacher or Teacher()
-                rate = answer_rate(training.answer_step, plan.answer_steps)
+                time_left = 1.0 - (time.monotonic() - began) / plan.seconds if plan.finish else 1.0
+                rate = answer_rate(training.answer_step, plan.answer_steps, time_left)
                 fresh = answer_step(training, teacher, SEEN_BATCH, TOLD_BATCH, rate)
                 task, done = answer, training.answer_step
             training.seconds += time.monotonic() - tick
@@ -148,6 +154,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=600.0, help="stop (resumably) after so long")
+    parser.add_argument("--finish", action="store_true", help="let the rate fall to nothing by then")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     parser.add_argument("--continue-weights", action="store_true", help="go on from the committed weights")
     parser.add_argument("--see-steps", type=int, default=1500)
@@ -165,7 +172,8 @@ def main() -> None:
     elif args.continue_weights:
         training.load_weights(WEIGHTS / "model.safetensors")
     nn.Module.train(training.model)
-    train(Plan(args.see_steps, args.answer_steps, 60 * args.minutes, args.folder), training)
+    plan = Plan(args.see_steps, args.answer_steps, 60 * args.minutes, args.folder, args.finish)
+    train(plan, training)
 
 
 if __name__ == "__main__":
