@@ -81,7 +81,9 @@ class _Endpoint:
         watching = asyncio.create_task(_until_disconnect(receive, gone))
         try:
             await asyncio.wait([answering, watching], return_when=asyncio.FIRST_COMPLETED)
-            if not answering.done():
+            if exchange.complete:
+                await asyncio.wait([answering])
+            elif not answering.done():
                 exchange.status = CLIENT_GONE
                 answering.cancel()
         finally:
@@ -132,6 +134,8 @@ class _Exchange:
         headers = dict(scope["headers"])
         self.id = headers.get(b"x-request-id", b"").decode("latin-1") or f"req_{uuid.uuid4().hex}"
         self.status = 500
+        #: The whole answer is out: uvicorn tells a disconnect then too, whether or not the client has gone.
+        self.complete = False
         self._started = False
         self._events = False
         self._scope = scope
@@ -146,6 +150,8 @@ class _Exchange:
                 for name, value in headers
             )
             message = {**message, "headers": [*headers, (b"x-request-id", self.id.encode("latin-1"))]}
+        elif not message.get("more_body", False):
+            self.complete = True
         await self._send(message)
 
     async def fail(self, error: ApiError) -> None:
