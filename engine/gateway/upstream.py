@@ -7,12 +7,14 @@ another client (one at protocol level, say) can take aiohttp's place here.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 
 #: Shorter than the 5 s after which uvicorn closes an idle connection, so that it is rarely closed under a
 #: request.
@@ -22,7 +24,10 @@ WHOLE_BYTES = 1024 * 1024
 #: A reused connection that fails sooner was closed by the replica while idle; later, the replica died at
 #: its work.
 _STALE_S = 1.0
-_SLICE_BYTES = 128 * 1024
+#: A longer body is written apart from the request's head.
+_LONG_BYTES = 128 * 1024
+#: Send buffer of a Unix socket that takes long bodies; Linux grants no more than net.core.wmem_max.
+_SEND_BYTES = 4 * 1024 * 1024
 
 #: Belong to one connection, or are set anew by this gateway.
 _OWN_HEADERS = frozenset(
@@ -131,10 +136,7 @@ class Upstream:
         session = self._session or self._open()
         connection = SimpleNamespace(reused=False)
         started = time.monotonic()
-        data: bytes | AsyncIterator[memoryview] = body
-        if len(body) > _SLICE_BYTES:
-            data = _slices(body)
-            headers = {**headers, "content-length": str(len(body))}
+        data: bytes | _LongBody = body if len(body) <= _LONG_BYTES else _LongBody(body)
         try:
             response = await session.post(
                 self._url(path),
@@ -219,11 +221,31 @@ class Upstream:
         return f"{self.address.rstrip('/')}{path}" if "://" in self.address else f"http://runner{path}"
 
 
-async def _slices(body: bytes) -> AsyncIterator[memoryview]:
-    """A long body piece by piece: handed over whole, it would be copied again behind the request's head."""
-    view = memoryview(body)
-    for start in range(0, len(body), _SLICE_BYTES):
-        yield view[start : start + _SLICE_BYTES]
+class _LongBody(aiohttp.Payload):
+    """A long body as one write: aiohttp would copy it behind the request's head, and warn of its length."""
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body)
+        self._size = len(body)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return str(self._value, encoding, errors)
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        writer.send_headers()
+        transport = writer.transport
+        if transport is None:
+            raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+        connection = transport.get_extra_info("socket")
+        if connection.family == socket.AF_UNIX:
+            # The usual 208 KiB would make each piece wait for the runner's turn. (TCP sizes its own buffer.)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BYTES)
+        try:
+            await writer.write(self._value)
+        except asyncio.CancelledError:
+            # What is left is for nobody; to close would still send it.
+            transport.abort()
+            raise
 
 
 async def _note_reuse(
