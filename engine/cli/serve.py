@@ -33,7 +33,9 @@ def serve(config: Config, *, plain: bool = False) -> int:
         profile = chosen_profile(config)
         shown_key = first_key(config)
         scheduler = Scheduler(config, profile, load_catalog())
-        asyncio.run(_run(scheduler, Screen(console, shown_key, live=console.is_terminal and not plain)))
+        live = console.is_terminal and not plain
+        screen = Screen(console, shown_key, live=live, given=config.api_key is not None)
+        asyncio.run(_run(scheduler, screen))
     except (CatalogError, SchedulerError, keys.KeysError, ValueError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
@@ -86,9 +88,11 @@ def first_key(config: Config) -> str | None:
 class Screen:
     """What a person sees of a serving scheduler."""
 
-    def __init__(self, console: Console, key: str | None, *, live: bool) -> None:
+    def __init__(self, console: Console, key: str | None, *, live: bool, given: bool = False) -> None:
+        """`given`: the key comes from the configuration, so a person has it already."""
         self.console = console
         self.key = key
+        self.given = given
         self.began = time.monotonic()
         self.table = Live(console=console, refresh_per_second=4, transient=False) if live else None
         self._told: dict[str, str] = {}
@@ -113,6 +117,11 @@ class Screen:
         if self.table is not None and self.table.is_started:
             self.table.stop()
 
+    def part(self) -> None:
+        """Shows a key made at this start that nobody has seen yet, since it cannot be shown later."""
+        if self.key is not None and not self.given and not self._was_ready:
+            self.say(f"key       {self.key}   (made at this first start; only its hash is kept)")
+
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -131,14 +140,14 @@ class Screen:
         seconds = time.monotonic() - self.began
         self.say(f"\nEvery model is warm after {seconds:.0f} s.")
         self.say(f"base URL  {status.base_url}")
-        if self.key:
-            self.say(f"key       {self.key}   (kept hashed: note it now)")
-            key = self.key
+        if self.key is None:
+            self.say("key       one made before; `hearth keys create` makes another")
         else:
-            self.say("key       the one shown at the first start; `hearth keys create` makes another")
-            key = "YOUR_KEY"
+            self.say(f"key       {self.key}{'' if self.given else '   (only its hash is kept: note it now)'}")
         self.say("")
-        for category, line in curl_lines(((m.category, m.id) for m in status.models), status.base_url, key):
+        for category, line in curl_lines(
+            ((m.category, m.id) for m in status.models), status.base_url, self.key or "YOUR_KEY"
+        ):
             self.say(f"# {category}")
             self.say(line)
         self.say("\nCtrl-C drains and stops; twice stops at once.")
@@ -167,5 +176,6 @@ async def _run(scheduler: Scheduler, screen: Screen) -> None:
         await running
     finally:
         screen.close()
+        screen.part()
     if asked:
         screen.say("Stopped; nothing is left running.")

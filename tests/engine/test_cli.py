@@ -151,3 +151,14 @@ def test_a_curl_line_for_every_category() -> None:
     lines = curl_lines([(category, category) for category in categories], "http://h/v1", "k")
     assert [category for category, _ in lines] == list(categories)
     assert all(line.startswith("curl -s http://h/v1/") and "Bearer k" in line for _, line in lines)
+
+
+def test_a_new_key_is_shown_even_when_nothing_became_ready() -> None:
+    out = io.StringIO()
+    screen = Screen(Console(file=out, width=200), "hearth-key", live=False)
+    screen.show(status("starting"))
+    screen.part()
+    assert "hearth-key" in out.getvalue()
+    given = io.StringIO()
+    Screen(Console(file=given, width=200), "my-key", live=False, given=True).part()
+    assert given.getvalue() == ""
