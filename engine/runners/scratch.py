@@ -26,10 +26,11 @@ def folder_of(socket: Path) -> Path:
 
 def shm_prefix(socket: Path) -> str:
     """How the runner's shared memory names begin."""
-    return f"{_shm_scope(socket.parent)}{_digest(socket.name)}-"
+    return f"{shm_scope(socket.parent)}{_digest(socket.name)}-"
 
 
-def _shm_scope(folder: Path) -> str:
+def shm_scope(folder: Path) -> str:
+    """How the shared memory names of all runners begin whose sockets stand in ``folder``."""
     return f"hearth-{_digest(str(folder))}-"
 
 
@@ -41,7 +42,7 @@ def clear(socket: Path) -> None:
 
 def clear_shared(folder: Path) -> None:
     """Removes the shared memory of every runner whose socket stood in ``folder``; none of them may live."""
-    _remove_shared(_shm_scope(folder))
+    _remove_shared(shm_scope(folder))
 
 
 def _remove_shared(prefix: str) -> None:

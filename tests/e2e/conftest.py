@@ -17,6 +17,9 @@ import openai
 import psutil
 import pytest
 
+from engine.config import Config
+from engine.runners import scratch
+
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "hearth-test-key-of-the-end-to-end-suite"
 #: First start on a bare machine: fetching and converting the weights is in it.
@@ -100,6 +103,13 @@ def members(groups: set[int]) -> list[psutil.Process]:
     return found
 
 
+def leavings(state_dir: Path) -> list[Path]:
+    """Sockets and shared memory of a Hearth, which none may leave."""
+    runtime = Config(state_dir=state_dir).runtime_dir
+    shared = scratch.SHARED_MEMORY.glob(f"{scratch.shm_scope(runtime)}*")
+    return [path for path in (runtime, *shared) if path.exists()]
+
+
 @pytest.fixture(scope="session")
 def hearth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hearth]:
     """The shared server; stopped as a user stops it, and then nothing of it may be left."""
@@ -122,6 +132,7 @@ def hearth(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hearth]:
             raise
     assert running.process.returncode == 0, running.output.read_text()[-3000:]
     assert not members(groups), "processes outlived Ctrl-C"
+    assert not leavings(running.state_dir)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import KEY, Hearth, members, start
+from tests.e2e.conftest import KEY, Hearth, leavings, members, start
 
 EMBEDDING = "all-minilm-l6-v2"
 ONLY_SMALL = """
@@ -52,6 +52,25 @@ def test_a_killed_runner_comes_back_and_says_so_meanwhile(hearth: Hearth, client
     status = hearth.wait_ready(120)
     again = next(m for m in status["models"] if m["id"] == EMBEDDING)
     assert again["pid"] != model["pid"] and again["restarts"] == 1
+
+
+def test_a_runner_killed_in_mid_stream_ends_it_with_an_error(hearth: Hearth, client: openai.OpenAI) -> None:
+    code = next(m for m in hearth.status()["models"] if m["category"] == "code")
+    stream = client.completions.create(
+        model=code["id"],
+        prompt="def",
+        max_tokens=4000,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    with pytest.raises(openai.APIError) as caught:
+        for number, _ in enumerate(stream):
+            if number == 5:
+                os.killpg(os.getpgid(code["pid"]), signal.SIGKILL)
+    assert code["id"] in caught.value.message
+    assert caught.value.code == "runner_lost"
+    hearth.wait_ready(240)
 
 
 def test_logs_and_status_are_for_people(hearth: Hearth) -> None:
@@ -114,6 +133,7 @@ def test_stop_ends_what_a_killed_scheduler_left(tmp_path: Path, small: Path) -> 
         assert members(groups)
         said = running.command("stop").stdout
         assert EMBEDDING in said
+        assert not leavings(running.state_dir)
     finally:
         running.command("stop", "--now", check=False)
     assert not members(groups)
