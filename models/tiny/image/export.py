@@ -82,6 +82,8 @@ def averages(work: Path) -> tuple[Any, Any, Any, Any]:
     encoder.load_state_dict(words)
     autoencoder.load_state_dict(saved["autoencoder"])
     denoiser.load_state_dict(saved["denoiser"])
+    if (work / "decoder.pt").exists():
+        autoencoder.decoder.load_state_dict(torch.load(work / "decoder.pt", weights_only=True)["average"])
     every = [scene for part in scenes() for scene in part]
     with torch.no_grad():
         latents = autoencoder.encoder(draw(every, 64, 64, torch.Generator().manual_seed(2)) * 2 - 1)

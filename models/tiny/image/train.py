@@ -1,4 +1,4 @@
-"""Train the tiny text-to-image model: text encoder, then autoencoder, then denoiser.
+"""Train the tiny text-to-image model: text encoder, autoencoder, denoiser, and the decoder once more.
 
     python -m models.tiny.image.train [--resume] [--steps 4000]
     python -m models.tiny.image.train --continue-weights models/tiny/image/weights
@@ -108,6 +108,27 @@ def train_autoencoder(steps: int, resume: bool) -> Any:
     return model
 
 
+def train_decoder(model: Any, steps: int, resume: bool) -> None:
+    """Sharpen the decoder while the encoder, and so what the denoiser has learnt, stays as it is."""
+    torch.manual_seed(5)
+    decoder = model.decoder.requires_grad_(True).train().to(memory_format=torch.channels_last)
+    stage = Stage("decoder", decoder, steps=steps, rate=5e-4, work=WORK, resume=resume)
+    every = [scene for part in scenes() for scene in part]
+    rng = random.Random(5 + stage.step)
+    generator = torch.Generator().manual_seed(5 + stage.step)
+    for _step in stage.steps():
+        height, width = rng.choice(SIZES)
+        pictures = draw(rng.choices(every, k=BATCH), height, width, generator) * 2 - 1
+        pictures = pictures.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                latents = model.encoder(pictures).float()
+            noisy = latents + 0.05 * torch.randn(latents.shape, generator=generator)
+            back = decoder(noisy.contiguous(memory_format=torch.channels_last)).float()
+        stage.update(functional.l1_loss(back, pictures) + functional.mse_loss(back, pictures))
+    stage.finish()
+
+
 class LatentPictures:
     """Latents of training pictures, encoded once: encoding anew each step would cost more than it teaches.
 
@@ -168,6 +189,7 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=1700)
     parser.add_argument("--autoencoder-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=4200, help="of the denoiser")
+    parser.add_argument("--decoder-steps", type=int, default=1000, help="of the decoder, at the end")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the denoiser")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help=f"go on from the checkpoints in {WORK}")
@@ -188,6 +210,7 @@ def main() -> None:
     denoiser = train_denoiser(
         tokenizer, encoder, autoencoder, denoiser, options.steps, options.rate, options.resume
     )
+    train_decoder(autoencoder, options.decoder_steps, options.resume)
     export.save(options.out, tokenizer, encoder, autoencoder, denoiser)
     console.print(f"written to {options.out}")
 
