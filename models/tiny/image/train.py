@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=1700)
     parser.add_argument("--autoencoder-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=4200, help="of the denoiser")
-    parser.add_argument("--decoder-steps", type=int, default=1000, help="of the decoder, at the end")
+    parser.add_argument("--decoder-steps", type=int, default=800, help="of the decoder, at the end")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of the denoiser")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true", help=f"go on from the checkpoints in {WORK}")
