@@ -136,12 +136,12 @@ class ModelEntry(BaseModel):
     def least_bytes(self) -> int | None:
         """GPU memory of the smallest useful replica: weights, 8192 tokens of KV cache, a reserve.
 
-        None where the weights' size is not known.
+        ``memory_bytes`` where that is less or the weights' size is not known; None when neither is.
         """
         if self.weights_bytes is None:
-            return None
+            return self.memory_bytes or None
         tokens = min(self.context_length or LEAST_CONTEXT, LEAST_CONTEXT)
-        return replica_bytes(self.weights_bytes, self.kv, tokens, self._reserve)
+        return min(self.memory_bytes, replica_bytes(self.weights_bytes, self.kv, tokens, self._reserve))
 
     def fits(self, gpu_bytes: int) -> bool:
         """Whether one GPU with so much memory holds the smallest useful replica; False when unknown."""

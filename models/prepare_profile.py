@@ -1,9 +1,10 @@
-"""Prepares a whole profile, one model after the other, and shows how far it is."""
+"""Prepares models, one after the other, and shows how far each is."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -25,12 +26,20 @@ def prepare_profile(name: str, weights_dir: Path, offline: bool, endpoint: str =
     except CatalogError as error:
         console.print(str(error), markup=False)
         return 1
+    return prepare_entries(entries, weights_dir, offline, endpoint)
+
+
+def prepare_entries(
+    entries: Iterable[ModelEntry], weights_dir: Path, offline: bool, endpoint: str = ""
+) -> int:
+    """Prepares each model, with a bar on stderr; returns the exit status: 0, or 1 when any failed."""
+    console = Console(stderr=True)
     # Chat and code may share weights: one of them is enough.
-    unique = list({key_of(entry): entry for entry in reversed(entries)}.values())[::-1]
+    unique = {key_of(entry): entry for entry in reversed(list(entries))}
     failed = 0
     columns = (TextColumn("{task.fields[model]:<24}"), BarColumn(24), TimeElapsedColumn())
     with Bars(*columns, TextColumn("{task.description}"), console=console) as bars:
-        for entry in unique:
+        for entry in reversed(unique.values()):
             failed += not _prepare_one(entry, weights_dir, offline, endpoint, bars)
     return 1 if failed else 0
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from models import hub
 from models.entry import HubSource, LocalSource, PackageSource
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,10 +112,11 @@ def extract(archive: Path, files: Mapping[str, str], target: Path) -> dict[str, 
 
 
 def fetch_hub(source: HubSource, target: Path, report: Report, endpoint: str = "") -> None:
-    """Downloads a hub repository into ``target``; what is already there from an earlier try is kept.
+    """Downloads a hub repository into ``target`` and checks it; what is there from an earlier try is kept.
 
     Raises:
-        SourceError: the hub cannot be reached within a few seconds, refuses, or there is no room.
+        SourceError: the hub cannot be reached within a few seconds, refuses, there is no room, or a file is
+            not what the hub lists.
     """
     base = (endpoint or os.environ.get("HF_ENDPOINT") or _HUB).rstrip("/")
     _reach(base)
@@ -125,10 +127,14 @@ def fetch_hub(source: HubSource, target: Path, report: Report, endpoint: str = "
 
     disable_progress_bars()
 
-    with _watched(target, None, f"downloading {source.repo}", report):
+    api = HfApi(endpoint=base)
+    total: list[int | None] = [None]
+    with _watched(target, total, f"downloading {source.repo}", report):
         try:
-            HfApi(endpoint=base).snapshot_download(
-                source.repo, revision=source.revision, local_dir=target, allow_patterns=source.files or None
+            listing = hub.list_files(api, source.repo, source.revision, source.files)
+            total[0] = listing.total_bytes
+            api.snapshot_download(
+                source.repo, revision=listing.commit, local_dir=target, allow_patterns=source.files or None
             )
         except GatedRepoError as error:
             raise SourceError(
@@ -142,7 +148,22 @@ def fetch_hub(source: HubSource, target: Path, report: Report, endpoint: str = "
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise disk_error(error, target) from error
             raise SourceError(f"downloading {source.repo} from {base} failed: {error}.") from error
+    _check_download(source.repo, target, listing, report)
     shutil.rmtree(target / ".cache", ignore_errors=True)
+
+
+def _check_download(repo: str, target: Path, listing: hub.Listing, report: Report) -> None:
+    damaged = hub.find_damaged(
+        target, listing.files, lambda done, total: report(done, total, f"checking {repo}")
+    )
+    for name in damaged:
+        # So that the next try fetches it anew instead of taking it for done.
+        (target / name).unlink(missing_ok=True)
+    if damaged:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in damaged.items())
+        raise SourceError(
+            f"{repo}: {reasons}. What was damaged on its way is removed; try again, the rest is kept."
+        )
 
 
 def sha256(path: Path) -> str:
