@@ -128,7 +128,7 @@ def choose_profile(profiles: Sequence[Profile], gpus: Sequence[int], host_memory
     def fits(profile: Profile) -> bool:
         needs = profile.needs
         big_enough = sum(memory >= needs.gpu_memory_bytes for memory in gpus)
-        return big_enough >= needs.gpus and host_memory >= needs.memory_bytes
+        return not profile.plan_only and big_enough >= needs.gpus and host_memory >= needs.memory_bytes
 
     def size(profile: Profile) -> tuple[int, int, str]:
         return profile.needs.gpus * profile.needs.gpu_memory_bytes, profile.needs.memory_bytes, profile.name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,9 @@ class Needs(BaseModel):
     gpus: int = Field(default=0, ge=0, description="GPUs; 0 = CPU only.")
     gpu_memory_bytes: int = Field(default=0, ge=0, description="Memory of each GPU, bytes.")
     memory_bytes: int = Field(default=0, ge=0, description="Host memory, bytes.")
+    nodes: str = Field(
+        default="", description="Nodes that `hearth plan` takes, NODESxGPUSxKIND; '' = it is told them."
+    )
 
 
 class ProfileModel(BaseModel):
@@ -25,6 +28,16 @@ class ProfileModel(BaseModel):
     threads: int = Field(default=1, ge=1, description="CPU threads of one replica.")
     memory_bytes: int | None = Field(default=None, ge=0, description="Memory budget of one replica, bytes.")
     context_length: int | None = Field(default=None, ge=1, description="Tokens.")
+    concurrency: int = Field(
+        default=1, ge=1, description="`hearth plan`: requests of the whole context held at once."
+    )
+    kv_dtype: Literal["auto", "bf16", "fp8"] = Field(
+        default="auto", description="`hearth plan`: the KV cache's format; 'auto' = the architecture's own."
+    )
+    eplb: bool | None = Field(
+        default=None, description="`hearth plan`: expert load balancing; None = where it is known to help."
+    )
+    priority: int = Field(default=0, description="`hearth plan`: higher is placed first.")
     max_batch: int = Field(default=8, ge=1)
     max_wait_ms: float = Field(default=5.0, ge=0, description="Milliseconds.")
     max_queue: int = Field(default=256, ge=1)
@@ -37,5 +50,10 @@ class Profile(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str
     title: str = ""
+    plan_only: bool = Field(
+        default=False,
+        description="True: `hearth plan` lays it out; `hearth serve` never chooses it by itself, since it "
+        "cannot launch replicas over several GPUs yet.",
+    )
     needs: Needs = Field(default_factory=Needs)
     models: list[ProfileModel] = Field(min_length=1)

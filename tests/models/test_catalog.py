@@ -85,7 +85,7 @@ FACTS = {
     "qwen3-vl-2b": (3.96, 114688),
     "qwen3-vl-8b": (16.33, 147456),
 }
-GPU_PROFILES = [p for p in load_profiles() if p.needs.gpus]
+GPU_PROFILES = [p for p in load_profiles() if p.needs.gpus and not p.plan_only]
 
 
 @pytest.mark.parametrize("gpu", GPU_PROFILES, ids=lambda p: p.name)

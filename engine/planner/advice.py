@@ -1,0 +1,217 @@
+"""Why a replica has no place, and the smallest change that would give it one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from engine.planner.filters import FILTERS
+from engine.planner.fleet import Fleet, Item, Move
+from engine.planner.hardware import KINDS, Node
+from engine.planner.layout import Policy, Want
+from engine.planner.memory import GIB, capacity, context_of
+from engine.planner.needs import ModelNeeds
+from engine.planner.outcome import Refusal
+from engine.planner.rules import eplb_reason
+from engine.planner.wishes import Prepared, choices_for
+
+#: Contexts below this are no help to anybody.
+LEAST_CONTEXT = 2048
+_MOST_NODES = 4
+
+
+def refuse(
+    item: Item,
+    prepared: Prepared,
+    placed: Mapping[str, Move],
+    fleet: Fleet,
+    needs: Mapping[str, ModelNeeds],
+    policy: Policy,
+) -> Refusal:
+    """The reason and the change for one replica, with everything else standing where ``placed`` says."""
+    want, model = prepared.wants[item.id], needs.get(item.model)
+    room = _after(prepared, placed, fleet)
+    if item.options:
+        step, reason = "room", _no_room(item, prepared, placed, room)
+    else:
+        step, reason = _nearest(prepared, item)
+    change = ""
+    if model is not None:
+        helpers = _Helper(model, want, item, prepared, placed, room, policy)
+        change = next(helpers.changes(), "")
+    elif step == "known figures":
+        change = "Add an entry to models/catalog/."
+    return Refusal(item.id, item.model, step, reason, change)
+
+
+def _after(prepared: Prepared, placed: Mapping[str, Move], fleet: Fleet) -> Fleet:
+    """A fleet with the placed replicas at what they asked for, their caches not grown."""
+    fresh = Fleet(fleet.nodes, 1.0)
+    fresh.room = list(fleet.room)
+    fresh.free = [[room] * node.gpus for room, node in zip(fleet.room, fleet.nodes, strict=True)]
+    by_id = {item.id: item for item in prepared.items}
+    for name, move in placed.items():
+        fresh.apply(by_id[name], move)
+    return fresh
+
+
+def _nearest(prepared: Prepared, item: Item) -> tuple[str, str]:
+    """The reason of the layout that came nearest: the one refused by the latest filter."""
+    order = {each.name: i for i, each in enumerate(FILTERS)}
+    reasons = [pair for choice in prepared.choices[item.id].values() for pair in choice.reasons]
+    telling = [pair for pair in reasons if pair[0] in ("EPLB", "context")]
+    return max(
+        telling or reasons, key=lambda pair: order.get(pair[0], 0), default=("nodes", "there are no GPUs")
+    )
+
+
+def _no_room(item: Item, prepared: Prepared, placed: Mapping[str, Move], room: Fleet) -> str:
+    option = min((o for each in item.options.values() for o in each), key=lambda o: o.total)
+    need = option.footprint.total / GIB
+    spots = [(max(free), i) for i, free in enumerate(room.free)]
+    free, node = max(spots)
+    gpu = room.free[node].index(free)
+    standing = [
+        name for name, move in placed.items() if any(n == node and gpu in gpus for n, gpus in move.places)
+    ]
+    after = f" after {', '.join(standing)}" if standing else ""
+    where = f"{room.nodes[node].name}:gpu{gpu}"
+    of = (
+        "one GPU"
+        if option.layout.gpus == 1
+        else f"each of {option.layout.gpus} GPUs ({option.layout.name()})"
+    )
+    return f"needs {need:.1f} GiB of {of}; the emptiest, {where}, has {free / GIB:.1f} GiB free{after}"
+
+
+class _Helper:
+    """Tries changes from the smallest on."""
+
+    def __init__(
+        self,
+        needs: ModelNeeds,
+        want: Want,
+        item: Item,
+        prepared: Prepared,
+        placed: Mapping[str, Move],
+        room: Fleet,
+        policy: Policy,
+    ) -> None:
+        self.needs, self.want, self.item = needs, want, item
+        self.prepared, self.placed, self.room, self.policy = prepared, placed, room, policy
+
+    def changes(self) -> Iterator[str]:
+        """Sentences, the smallest change first."""
+        unknown = self.needs.unknown()
+        if unknown:
+            yield f"Add {', '.join(unknown)} to its entry in models/catalog/, with the source."
+            return
+        if self.want.eplb and eplb_reason(self.needs, 2) is not None:
+            yield "Leave EPLB out for this model (`eplb = false`)."
+        most = self.needs.context
+        if self.want.context and most and self.want.context > most:
+            yield f"Ask for at most {most} tokens of context."
+        yield from self._less()
+        yield from self._others()
+        more = [*self._more_nodes(), *self._other_gpus()]
+        if more:
+            yield f"It fits with {', or '.join(more)}."
+
+    def _fits(self, want: Want, room: Fleet | None = None) -> bool:
+        room = room or self.room
+        found = choices_for(self.needs, want, room, self.policy)
+        item = replace(self.item, options={g: c.options for g, c in found.items() if c.options})
+        return next(room.moves(item), None) is not None
+
+    def _less(self) -> Iterator[str]:
+        if not self.needs.kv:
+            return
+        want = self.want
+        if want.concurrency > 1 and self._fits(replace(want, concurrency=1)):
+            best = _largest(1, want.concurrency, lambda n: self._fits(replace(want, concurrency=n)))
+            yield f"Ask for {best} sequences at once instead of {want.concurrency} (`concurrency = {best}`)."
+        if want.kv_dtype == "auto" and self._fits(replace(want, kv_dtype="fp8")):
+            yield 'Keep the KV cache in fp8 (`kv_dtype = "fp8"`).'
+        context = context_of(self.needs, want, self.policy)
+        least = replace(want, context=LEAST_CONTEXT, concurrency=1)
+        if context > LEAST_CONTEXT and self._fits(least):
+            best = _largest(
+                LEAST_CONTEXT // 1024, context // 1024, lambda n: self._fits(replace(least, context=n * 1024))
+            )
+            yield f"Shorten its context from {context} to {best * 1024} tokens (`context_length`)."
+
+    def _others(self) -> Iterator[str]:
+        """Which standing replicas would have to go, when an empty fleet would do."""
+        names = sorted(self.placed, key=lambda name: (self._priority(name), self._size(name)))
+        for name in names:
+            if self._fits(self.want, self._without([name])):
+                yield self._asleep([name])
+                return
+        gone: list[str] = []
+        for name in names:
+            gone.append(name)
+            if self._fits(self.want, self._without(gone)):
+                # Those that turn out not to be in the way stay.
+                needed = [
+                    n for n in gone if not self._fits(self.want, self._without([m for m in gone if m != n]))
+                ]
+                yield self._asleep(needed if self._fits(self.want, self._without(needed)) else gone)
+                return
+
+    def _asleep(self, names: Sequence[str]) -> str:
+        models = list(dict.fromkeys(self.prepared.wants[name].model for name in names))
+        them = "them" if len(models) > 1 else "it"
+        return f'Put {" and ".join(models)} asleep (`tier = "standby"`) or leave {them} out.'
+
+    def _priority(self, name: str) -> int:
+        return self.prepared.wants[name].priority
+
+    def _size(self, name: str) -> int:
+        return self.placed[name].option.total
+
+    def _without(self, names: Sequence[str]) -> Fleet:
+        kept = {name: move for name, move in self.placed.items() if name not in names}
+        return _after(self.prepared, kept, self.room)
+
+    def _more_nodes(self) -> Iterator[str]:
+        for like in _distinct(self.room.nodes):
+            for extra in range(1, _MOST_NODES):
+                # Beside what stands, new nodes may join standing empty ones.
+                empty = [
+                    n for i, n in enumerate(self.room.nodes) if self._is_empty(i) and n.kind == like.kind
+                ]
+                grown = Fleet(_with_nodes(empty, extra, like), self.policy.utilisation)
+                if self._fits(self.want, grown):
+                    plural = "s" if extra > 1 else ""
+                    yield f"{extra} more node{plural} of {like.gpus}x{like.kind.name}"
+                    return
+
+    def _is_empty(self, node: int) -> bool:
+        return min(self.room.free[node]) == self.room.room[node]
+
+    def _other_gpus(self) -> Iterator[str]:
+        """The smallest other GPU kind of which as many would do."""
+        like = max(_distinct(self.room.nodes), key=lambda node: node.gpus * capacity(node.kind, 1.0))
+        larger = [k for k in KINDS.values() if k.memory_bytes > like.kind.memory_bytes]
+        for kind in sorted(larger, key=lambda kind: kind.memory_bytes):
+            node = replace(like, kind=kind)
+            if self._fits(self.want, Fleet([node], self.policy.utilisation)):
+                yield f"{like.gpus}x{kind.name} instead"
+                return
+
+
+def _with_nodes(nodes: Sequence[Node], extra: int, like: Node) -> list[Node]:
+    """The nodes and ``extra`` more like one of them."""
+    return [*nodes, *(replace(like, name=f"{like.name}+{i + 1}") for i in range(extra))]
+
+
+def _distinct(nodes: Sequence[Node]) -> list[Node]:
+    return list({(node.kind.name, node.gpus, node.rdma): node for node in nodes}.values())
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number of [low, high] that fits, when all below one that fits do too; low fits."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,141 @@
+"""From the catalog and its profiles to what the planner reckons with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from engine.planner.hardware import Node, parse_nodes
+from engine.planner.layout import Want
+from engine.planner.needs import ActivationTerms, KvTerms, ModelNeeds, routed_expert_bytes
+from models.entry import HubSource, LocalSource, ModelEntry
+from models.profile import Profile
+
+#: (hidden size, vocabulary, width of a head's key and value under MLA) by architecture and parameters in
+#: billions, where one class serves several sizes. From transformers 5.19's default configurations (which are
+#: the published models'), and the configurations of Kimi-K2-Thinking and Llama-3.3-70B-Instruct.
+_WIDTHS: dict[tuple[str, int], tuple[int, int, int]] = {
+    ("DeepseekV3ForCausalLM", 671): (7168, 129_280, 128 + 64 + 128),
+    ("DeepseekV32ForCausalLM", 672): (7168, 129_280, 0),
+    ("DeepseekV4ForCausalLM", 284): (4096, 129_280, 0),
+    ("GlmMoeDsaForCausalLM", 744): (6144, 154_880, 0),
+    ("GlmMoeDsaForCausalLM", 743): (6144, 154_880, 0),
+    ("GptOssForCausalLM", 117): (2880, 201_088, 0),
+    ("GptOssForCausalLM", 21): (2880, 201_088, 0),
+    ("KimiK25ForConditionalGeneration", 1027): (7168, 163_840, 128 + 64 + 128),
+    ("LlamaForCausalLM", 71): (8192, 128_256, 0),
+}
+#: An fp8 cache of sparse MLA: 512 8-bit numbers, four scales and 64 16-bit ones, bytes of a layer and token.
+_FP8_SPARSE = 656
+_SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+#: vLLM's class keeps one latent for all heads although it is written as one KV head.
+_LATENT = ("DeepseekV4ForCausalLM",)
+
+
+def needs_of(entry: ModelEntry) -> ModelNeeds:
+    """What an entry says, in the planner's terms; what it does not say stays unknown."""
+    dtype = _dtype(entry.dtype)
+    experts = entry.experts
+    expert_bytes: int | None = 0
+    if experts is not None:
+        known = entry.parameters is not None and entry.active_parameters is not None
+        expert_bytes = (
+            routed_expert_bytes(
+                entry.parameters or 0, entry.active_parameters or 0, experts.count, experts.per_token, dtype
+            )
+            if known
+            else None
+        )
+    return ModelNeeds(
+        id=entry.id,
+        category=entry.category,
+        engine=entry.engine,
+        source=_source(entry),
+        architecture=entry.architecture,
+        dtype=dtype,
+        weights_bytes=entry.weights_bytes,
+        expert_bytes=expert_bytes,
+        experts=experts.count if experts else 0,
+        experts_per_token=experts.per_token if experts else 0,
+        layers=entry.kv.layers if entry.kv else None,
+        attention_heads=entry.attention_heads,
+        kv=_kv(entry),
+        activation=_activation(entry),
+        context=entry.context_length,
+        whole_bytes=None if entry.engine == "vllm" else entry.memory_bytes or None,
+        arguments=dict(entry.options.get("args", {})),
+        options={key: value for key, value in entry.options.items() if key == "chat_template"},
+        aliases=tuple(entry.aliases),
+        capabilities=tuple(entry.capabilities),
+    )
+
+
+def wants_of(profile: Profile) -> list[Want]:
+    """A profile's models as wants."""
+    return [
+        Want(
+            model=model.id,
+            replicas=model.replicas,
+            context=model.context_length,
+            concurrency=model.concurrency,
+            max_batch=model.max_batch,
+            priority=model.priority,
+            memory_bytes=model.memory_bytes,
+            kv_dtype=model.kv_dtype,
+            eplb=model.eplb,
+        )
+        for model in profile.models
+    ]
+
+
+def nodes_of(profile: Profile) -> list[Node]:
+    """The nodes that a profile is made for; empty when it names none."""
+    return parse_nodes(profile.needs.nodes) if profile.needs.nodes else []
+
+
+def needs_of_all(entries: Iterable[ModelEntry]) -> dict[str, ModelNeeds]:
+    """Needs by id."""
+    return {entry.id: needs_of(entry) for entry in entries}
+
+
+def _dtype(words: str) -> str:
+    """The experts' format, which comes first in the catalog's words; '' = unknown."""
+    first = words.split(" ")[0].split("/")[0].strip().lower()
+    return {"mxfp4": "fp4"}.get(first, first)
+
+
+def _source(entry: ModelEntry) -> str:
+    for source in entry.sources:
+        if isinstance(source, HubSource):
+            return source.repo
+        if isinstance(source, LocalSource):
+            return source.path
+    return entry.id
+
+
+def _kv(entry: ModelEntry) -> KvTerms | None:
+    kv = entry.kv
+    if kv is None:
+        return None
+    latent = kv.is_mla or entry.architecture in _LATENT
+    if not latent and kv.kv_heads is None:
+        return None
+    extra = kv.indexer_bytes_per_token
+    layers = kv.growing_layers or kv.layers
+    fp8: float | None = kv.bytes_per_token / 2 + extra
+    if kv.fp8_bytes_per_token is not None:
+        fp8 = kv.fp8_bytes_per_token
+    elif entry.architecture in _SPARSE:
+        fp8 = _FP8_SPARSE * layers + extra if layers else None
+    return KvTerms(
+        token_bytes=kv.bytes_per_token + extra,
+        fp8_token_bytes=fp8,
+        heads=1 if latent else kv.kv_heads or 1,
+        latent=latent,
+        sequence_bytes=kv.sliding.bytes_per_sequence if kv.sliding else 0,
+    )
+
+
+def _activation(entry: ModelEntry) -> ActivationTerms | None:
+    billions = round((entry.parameters or 0) / 1e9)
+    widths = _WIDTHS.get((entry.architecture, billions))
+    return ActivationTerms(*widths) if widths else None

@@ -1,0 +1,129 @@
+"""The planner: models wanted and nodes in, placements and reasons out. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from engine.planner import rules
+from engine.planner.advice import refuse
+from engine.planner.fleet import Fleet, Item, Move
+from engine.planner.hardware import Node
+from engine.planner.layout import Layout, Policy, Want
+from engine.planner.memory import Footprint, context_of
+from engine.planner.needs import ModelNeeds
+from engine.planner.outcome import Placement, Plan
+from engine.planner.pack import pack
+from engine.planner.wishes import Prepared, prepare
+
+
+def make_plan(
+    needs: Mapping[str, ModelNeeds],
+    wants: Sequence[Want],
+    nodes: Sequence[Node],
+    policy: Policy | None = None,
+) -> Plan:
+    """Places every replica wanted, or says why it cannot be and what would help.
+
+    Args:
+        needs: what is known of each model, by id.
+        wants: the models, with how much of each.
+        nodes: where they may stand.
+        policy: what the planner may do; None = the defaults.
+
+    Equal arguments give equal plans. No GPU is ever given more than ``policy.utilisation`` of its memory.
+    """
+    policy = policy or Policy()
+    fleet = Fleet(nodes, policy.utilisation)
+    prepared = prepare(needs, wants, fleet, policy)
+    placed = pack(prepared.items, fleet, policy.search_steps)
+    grown = grow(prepared, placed, fleet, needs, policy)
+    placements, refusals = [], []
+    for item in prepared.items:
+        want = prepared.wants[item.id]
+        if item.id in placed:
+            placements.append(_placement(item, placed[item.id], grown[item.id], want, needs, nodes, policy))
+        else:
+            refusals.append(refuse(item, prepared, placed, fleet, needs, policy))
+    return Plan(tuple(nodes), tuple(placements), tuple(refusals), tuple(tuple(f) for f in fleet.free))
+
+
+def grow(
+    prepared: Prepared,
+    placed: Mapping[str, Move],
+    fleet: Fleet,
+    needs: Mapping[str, ModelNeeds],
+    policy: Policy,
+) -> dict[str, Footprint]:
+    """Footprints with KV caches grown into what is left, shared evenly, and no more than could be used."""
+    result = {name: move.option.footprint for name, move in placed.items()}
+    if not policy.grow:
+        return result
+    growers: dict[tuple[int, int], int] = {}
+    able = [name for name, move in placed.items() if move.option.footprint.token_bytes]
+    for name in able:
+        for node, gpus in placed[name].places:
+            for gpu in gpus:
+                growers[node, gpu] = growers.get((node, gpu), 0) + 1
+    for name in able:
+        move, want = placed[name], prepared.wants[name]
+        spots = [(node, gpu) for node, gpus in move.places for gpu in gpus]
+        layout, foot = move.option.layout, move.option.footprint
+        most = math.ceil(
+            want.max_batch * context_of(needs[want.model], want, policy) / layout.dp / layout.dcp
+        )
+        useful = max(0, math.ceil(most * foot.token_bytes) - foot.kv_bytes)
+        extra = min(useful, *(fleet.free[node][gpu] // growers[node, gpu] for node, gpu in spots))
+        for node, gpu in spots:
+            fleet.free[node][gpu] -= extra
+            growers[node, gpu] -= 1
+        result[name] = foot.with_kv(foot.kv_bytes + extra)
+    return result
+
+
+def _placement(
+    item: Item,
+    move: Move,
+    foot: Footprint,
+    want: Want,
+    needs: Mapping[str, ModelNeeds],
+    nodes: Sequence[Node],
+    policy: Policy,
+) -> Placement:
+    model = needs[item.model]
+    places = tuple((nodes[node], gpus) for node, gpus in move.places)
+    context = context_of(model, want, policy)
+    why = _why(model, move.option.layout, move.option.rank, places[0][0], want)
+    return Placement(item.id, want, model, move.option.layout, foot, places, context, tuple(why))
+
+
+def _why(needs: ModelNeeds, layout: Layout, rank: int, node: Node, want: Want) -> list[str]:
+    lines = []
+    if layout.gpus == 1:
+        lines.append("one GPU holds it")
+    elif want.tensor_parallel:
+        lines.append(f"TP{layout.tp} as asked")
+    elif rank == 0:
+        lines.append(f"{layout.gpus} {node.kind.name} are the fewest that hold it")
+    else:
+        lines.append(f"fewer than {layout.gpus} GPUs would do, but not in the room that is left")
+    if layout.ep and layout.dp > 1:
+        lines.append("DP attention with EP: each rank has a cache of its own, experts are spread over all")
+    elif needs.kv is not None and needs.kv.latent and layout.tp > 1 and layout.dcp == 1:
+        lines.append("TP: the latent cache is the same on every rank (DCP would split it)")
+    if needs.kv is not None and not needs.kv.latent and layout.tp > needs.kv.heads:
+        lines.append(
+            f"{needs.kv.heads} KV heads: each is held {layout.tp // needs.kv.heads} times under TP{layout.tp}"
+        )
+    if layout.pp > 1:
+        lines.append(f"PP{layout.pp} across nodes, TP inside each")
+    if layout.all2all:
+        lines.append(f"all-to-all by {layout.all2all}: experts are on several nodes")
+    if layout.eplb:
+        lines.append(f"EPLB with {layout.redundant_experts} redundant experts")
+    elif needs.is_moe and (layout.ep or layout.gpus > 1):
+        reason = rules.eplb_reason(needs, layout.ep_size)
+        lines.append(f"no EPLB: {reason}" if reason else "no EPLB: worth its copies on 16 ranks or more")
+    if layout.kv_dtype == "fp8":
+        lines.append("fp8 KV cache" + (", this architecture's default" if want.kv_dtype == "auto" else ""))
+    return lines

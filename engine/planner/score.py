@@ -1,0 +1,77 @@
+"""The third step: which of the possible moves is best, as a weighted sum of named scores from 0 to 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Protocol
+
+from engine.planner.fleet import Fleet, Item, Move
+
+
+class Scorer(Protocol):
+    """One named wish."""
+
+    name: ClassVar[str]
+    weight: ClassVar[float]
+
+    def score(self, item: Item, move: Move, fleet: Fleet) -> float:
+        """0 (against) to 1 (for)."""
+
+
+class Preferred:
+    """The layout that selection put first: the fewest GPUs, in the better layout."""
+
+    name: ClassVar[str] = "preferred layout"
+    weight: ClassVar[float] = 4.0
+
+    def score(self, item: Item, move: Move, fleet: Fleet) -> float:
+        return 1.0 / (1 + move.option.rank)
+
+
+class Tight:
+    """Little is left beside it, so that large rooms stay for large models."""
+
+    name: ClassVar[str] = "tight"
+    weight: ClassVar[float] = 2.0
+
+    def score(self, item: Item, move: Move, fleet: Fleet) -> float:
+        need = move.option.footprint.total
+        left = room = 0
+        for node, gpus in move.places:
+            room += fleet.room[node] * len(gpus)
+            left += sum(fleet.free[node][gpu] - need for gpu in gpus)
+        return 1.0 - left / room
+
+
+class WholeNodes:
+    """Nodes that already serve something are filled before an empty one is begun."""
+
+    name: ClassVar[str] = "whole nodes"
+    weight: ClassVar[float] = 1.0
+
+    def score(self, item: Item, move: Move, fleet: Fleet) -> float:
+        used = sum(min(fleet.free[node]) < fleet.room[node] for node, _ in move.places)
+        return used / len(move.places)
+
+
+class Apart:
+    """Replicas of one model stand on different nodes, so that no node takes all with it."""
+
+    name: ClassVar[str] = "replicas apart"
+    weight: ClassVar[float] = 1.5
+
+    def score(self, item: Item, move: Move, fleet: Fleet) -> float:
+        return float(not any(fleet.hosts[node][item.model] for node, _ in move.places))
+
+
+SCORERS: tuple[Scorer, ...] = (Preferred(), Tight(), WholeNodes(), Apart())
+
+
+def total(item: Item, move: Move, fleet: Fleet) -> float:
+    """The weighted sum."""
+    return sum(each.weight * each.score(item, move, fleet) for each in SCORERS)
+
+
+def ranked(item: Item, moves: Iterable[Move], fleet: Fleet) -> list[Move]:
+    """The moves, best first; equal ones in the order of their nodes and GPUs."""
+    return sorted(moves, key=lambda move: (-total(item, move, fleet), move.places))
