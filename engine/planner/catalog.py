@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from engine.planner.hardware import Node, parse_nodes
 from engine.planner.layout import Want
-from engine.planner.needs import ActivationTerms, KvTerms, ModelNeeds, routed_expert_bytes
+from engine.planner.needs import EXPERT_BYTES, ActivationTerms, KvTerms, ModelNeeds, routed_expert_bytes
 from models.entry import HubSource, LocalSource, ModelEntry
 from models.profile import Profile
 
@@ -27,6 +27,8 @@ _WIDTHS: dict[tuple[str, int], tuple[int, int, int]] = {
 #: An fp8 cache of sparse MLA: 512 8-bit numbers, four scales and 64 16-bit ones, bytes of a layer and token.
 _FP8_SPARSE = 656
 _SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
+#: Published with a draft layer that vLLM skips on loading (`deepseek_v2.py`: get_spec_layer_idx…).
+_DRAFTED = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 #: vLLM's class keeps one latent for all heads although it is written as one KV head.
 _LATENT = ("DeepseekV4ForCausalLM",)
 
@@ -54,6 +56,7 @@ def needs_of(entry: ModelEntry) -> ModelNeeds:
         dtype=dtype,
         weights_bytes=entry.weights_bytes,
         expert_bytes=expert_bytes,
+        draft_bytes=_draft_bytes(entry),
         experts=experts.count if experts else 0,
         experts_per_token=experts.per_token if experts else 0,
         layers=entry.kv.layers if entry.kv else None,
@@ -133,6 +136,16 @@ def _kv(entry: ModelEntry) -> KvTerms | None:
         latent=latent,
         sequence_bytes=kv.sliding.bytes_per_sequence if kv.sliding else 0,
     )
+
+
+def _draft_bytes(entry: ModelEntry) -> int:
+    """What published fp8 files hold beyond the parameters (two tables in 16 bits): an MTP layer."""
+    widths = _activation(entry)
+    if entry.architecture not in _DRAFTED or entry.dtype != "fp8" or widths is None:
+        return 0
+    tables = 2 * widths.hidden * widths.vocabulary
+    main = int((entry.parameters or 0) * EXPERT_BYTES["fp8"]) + tables
+    return max(0, (entry.weights_bytes or 0) - main)
 
 
 def _activation(entry: ModelEntry) -> ActivationTerms | None:

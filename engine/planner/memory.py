@@ -227,13 +227,12 @@ def _whole(needs: ModelNeeds, want: Want) -> Footprint:
 
 
 def _how_weights(needs: ModelNeeds, layout: Layout) -> str:
-    whole = f"{(needs.weights_bytes or 0) / GIB:.1f} GiB"
+    draft = f", without {needs.draft_bytes / GIB:.1f} GiB of a draft layer" if needs.draft_bytes else ""
     if layout.ep and layout.gpus > 1:
-        experts = (needs.expert_bytes or 0) / GIB
-        dense = needs.dense_bytes / GIB
-        return f"{dense:.1f} GiB / TP{layout.tp} + experts {experts:.1f} GiB / EP{layout.ep_size}"
+        experts, dense = (needs.expert_bytes or 0) / GIB, needs.dense_bytes / GIB
+        return f"{dense:.1f} GiB / TP{layout.tp} + experts {experts:.1f} GiB / EP{layout.ep_size}{draft}"
     split = layout.tp * layout.pp
-    return f"{whole} / {split}" if split > 1 else whole
+    return f"{needs.loaded_bytes / GIB:.1f} GiB{f' / {split}' if split > 1 else ''}{draft}"
 
 
 def _how_cache(needs: ModelNeeds, want: Want, layout: Layout, policy: Policy) -> str:

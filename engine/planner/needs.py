@@ -53,6 +53,8 @@ class ModelNeeds:
     weights_bytes: int | None = None
     #: Bytes of the routed experts in ``weights_bytes``; 0 = dense, None = unknown.
     expert_bytes: int | None = 0
+    #: Bytes of a draft (MTP) layer in ``weights_bytes``: vLLM skips it unless speculative decoding is on.
+    draft_bytes: int = 0
     experts: int = 0
     experts_per_token: int = 0
     layers: int | None = None
@@ -79,8 +81,13 @@ class ModelNeeds:
 
     @property
     def dense_bytes(self) -> int:
-        """Weights that are no routed experts."""
-        return (self.weights_bytes or 0) - (self.expert_bytes or 0)
+        """Weights that are loaded and are no routed experts."""
+        return self.loaded_bytes - (self.expert_bytes or 0)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """Weights without the draft layer."""
+        return (self.weights_bytes or 0) - self.draft_bytes
 
     def unknown(self) -> list[str]:
         """The figures without which this model cannot be placed, by name."""

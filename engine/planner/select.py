@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,8 @@ from engine.planner.needs import ModelNeeds
 
 #: Most nodes that one replica spans.
 MOST_NODES = 4
+#: Never more than this times the fewest GPUs that hold it: what is won in room is lost in talk between GPUs.
+WIDEST = 4
 #: From so many expert-parallel ranks on, one overloaded expert holds up many GPUs: EPLB by itself.
 EPLB_RANKS = 16
 
@@ -55,18 +58,26 @@ def options(needs: ModelNeeds, want: Want, node: Node, count: int, policy: Polic
     """
     found: dict[int, Option] = {}
     reasons: dict[str, str] = {}
+    nearest = math.inf
     for layout in layouts(needs, want, node, count, policy):
         refused = first_reason(Case(needs, want, layout, node, policy))
         if refused is not None:
-            # The last reason of a filter is that of its largest layout, which came nearest.
-            reasons[refused[0]] = refused[1]
-            if refused[0] in ("known figures", "context"):
+            name, reason = refused
+            if name == "memory":
+                need = footprint(needs, want, layout, node.kind, policy)
+                # DCP only makes the cache smaller, and is seldom what is missing.
+                if layout.dcp == 1 and need.total < nearest:
+                    nearest, reasons[name] = need.total, reason
+            else:
+                reasons[name] = reason
+            if name in ("known figures", "context"):
                 break
         elif layout.gpus not in found:
             per_node = min(layout.gpus, node.gpus)
             need = footprint(needs, want, layout, node.kind, policy)
             found[layout.gpus] = Option(layout, need, layout.gpus // per_node, per_node)
-    ordered = [found[gpus] for gpus in sorted(found)]
+    fewest = min(found, default=0)
+    ordered = [found[gpus] for gpus in sorted(found) if gpus <= WIDEST * fewest]
     return Choice(tuple(replace(o, rank=i) for i, o in enumerate(ordered)), tuple(reasons.items()))
 
 

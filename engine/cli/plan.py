@@ -1,0 +1,105 @@
+"""`hearth plan`: where each model would stand, with how much memory and why, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Annotated, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+from engine.config import ConfigError, load
+from engine.planner.catalog import needs_of_all, nodes_of, wants_of
+from engine.planner.chart import chart
+from engine.planner.document import document
+from engine.planner.hardware import Node, NodesError, parse_nodes
+from engine.planner.layout import Policy, Want
+from engine.planner.plan import make_plan
+from models.catalog import Catalog, CatalogError, load_catalog, load_profile
+
+
+def plan(
+    nodes: Annotated[
+        str, typer.Option(help="The GPUs: NODESxGPUSxKIND, joined by commas, e.g. 1x8xH200 or 2x8xH100.")
+    ] = "",
+    models: Annotated[str, typer.Option(help="The models, joined by commas; name:2 for two replicas.")] = "",
+    profile: Annotated[str, typer.Option(help="A profile of models/profiles/, with its nodes.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
+    context: Annotated[int | None, typer.Option(min=1, help="Context to plan for, tokens.")] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(min=1, help="Requests of the whole context held at once.")
+    ] = None,
+    kv_dtype: Annotated[
+        Literal["auto", "bf16", "fp8"] | None, typer.Option(help="The KV cache's number format.")
+    ] = None,
+    eplb: Annotated[
+        bool | None, typer.Option("--eplb/--no-eplb", help="Expert load balancing; default: where it helps.")
+    ] = None,
+    objective: Annotated[
+        Literal["throughput", "latency"], typer.Option(help="What large models are laid out for.")
+    ] = "throughput",
+    rdma: Annotated[
+        bool | None, typer.Option("--rdma/--no-rdma", help="Between nodes; default: where GPUs have NVLink.")
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0.1, max=1.0, help="Share of a GPU's memory that models may take.")
+    ] = 0.92,
+) -> None:
+    """Show where models would stand, with memory and launch lines. Exit status 1 if one has no place."""
+    try:
+        catalog = load_catalog()
+        wants, places = _wanted(catalog, models, profile, nodes, rdma)
+        runtime_dir = load().runtime_dir
+    except (CatalogError, NodesError, ConfigError) as error:
+        _fail(str(error))
+    wants = [_changed(want, context, concurrency, kv_dtype, eplb) for want in wants]
+    policy = Policy(utilisation=utilisation, objective=objective)
+    found = make_plan(needs_of_all(catalog.entries.values()), wants, places, policy)
+    if as_json:
+        print(json.dumps(document(found, utilisation, runtime_dir), indent=2))
+    else:
+        Console(highlight=False).print(chart(found, utilisation, runtime_dir), soft_wrap=True)
+    raise typer.Exit(1 if found.refusals else 0)
+
+
+def _wanted(
+    catalog: Catalog, models: str, profile: str, nodes: str, rdma: bool | None
+) -> tuple[list[Want], list[Node]]:
+    wants: list[Want] = []
+    places = parse_nodes(nodes, rdma=rdma) if nodes else []
+    if profile:
+        chosen = load_profile(profile)
+        wants += wants_of(chosen)
+        places = places or nodes_of(chosen)
+    for part in (part.strip() for part in models.split(",") if part.strip()):
+        name, _, count = part.partition(":")
+        if count and not (count.isdigit() and int(count) > 0):
+            _fail(f"'{part}': after the colon stands the number of replicas, at least 1.")
+        wants.append(Want(catalog.find(name).id, replicas=int(count or 1)))
+    if not wants:
+        _fail("Nothing to plan: name models (--models deepseek-r1,whisper-large-v3) or a --profile.")
+    if not places:
+        _fail("Nowhere to plan: name the GPUs (--nodes 1x8xH200), or a --profile that names its own.")
+    return wants, places
+
+
+def _changed(
+    want: Want,
+    context: int | None,
+    concurrency: int | None,
+    kv_dtype: Literal["auto", "bf16", "fp8"] | None,
+    eplb: bool | None,
+) -> Want:
+    return replace(
+        want,
+        context=want.context if context is None else context,
+        concurrency=want.concurrency if concurrency is None else concurrency,
+        kv_dtype=want.kv_dtype if kv_dtype is None else kv_dtype,
+        eplb=want.eplb if eplb is None else eplb,
+    )
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(message, style="red", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(1)

@@ -1,0 +1,73 @@
+"""A plan as JSON-able data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.planner.launch import launch_lines, spec_of
+from engine.planner.memory import capacity
+from engine.planner.outcome import Placement, Plan
+
+
+def document(plan: Plan, utilisation: float, runtime_dir: Path) -> dict[str, Any]:
+    """Nodes with what is free, placements with each term of their memory and their launch lines, refusals.
+
+    Sizes are bytes; a placement's terms and total are of each of its GPUs.
+    """
+    return {
+        "fits": not plan.refusals,
+        "nodes": [
+            {
+                "name": node.name,
+                "gpu": node.kind.name,
+                "gpus": node.gpus,
+                "gpu_memory_bytes": node.kind.memory_bytes,
+                "usable_bytes": capacity(node.kind, utilisation),
+                "free_bytes": list(free),
+            }
+            for node, free in zip(plan.nodes, plan.free, strict=True)
+        ],
+        "placements": [_placement(each, runtime_dir) for each in plan.placements],
+        "refusals": [
+            {"id": r.id, "model": r.model, "step": r.step, "reason": r.reason, "change": r.change}
+            for r in plan.refusals
+        ],
+    }
+
+
+def _placement(placement: Placement, runtime_dir: Path) -> dict[str, Any]:
+    layout, foot = placement.layout, placement.footprint
+    return {
+        "id": placement.id,
+        "model": placement.needs.id,
+        "engine": placement.needs.engine,
+        "gpus": [{"node": node.name, "gpus": list(gpus)} for node, gpus in placement.places],
+        "layout": {
+            "name": layout.name(),
+            "tensor_parallel": layout.tp,
+            "data_parallel": layout.dp,
+            "pipeline_parallel": layout.pp,
+            "expert_parallel": layout.ep_size,
+            "decode_context_parallel": layout.dcp,
+            "kv_dtype": layout.kv_dtype,
+            "eplb": layout.eplb,
+            "redundant_experts": layout.redundant_experts,
+            "all2all": layout.all2all,
+        },
+        "context_length": placement.context if foot.token_bytes else None,
+        "kv_tokens": foot.kv_tokens,
+        "gpu_bytes": foot.total,
+        "terms": [{"name": t.name, "bytes": t.bytes, "how": t.how} for t in foot.terms],
+        "why": list(placement.why),
+        "launch": [
+            {
+                "node": line.node,
+                "environment": dict(line.environment),
+                "arguments": list(line.arguments),
+                "line": line.text,
+            }
+            for line in launch_lines(placement, runtime_dir)
+        ],
+        "spec": spec_of(placement, runtime_dir).model_dump(mode="json"),
+    }
