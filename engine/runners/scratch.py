@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
-#: Read by ``shim/sitecustomize.py``: the prefix of every shared memory name that the process makes.
+#: Read by ``shim/sitecustomize.py``: how the names of shared memory and semaphores begin.
 SHM_VARIABLE = "_HEARTH_SHM"
 
 
@@ -46,5 +46,7 @@ def clear_shared(folder: Path) -> None:
 
 
 def _remove_shared(prefix: str) -> None:
-    for file in SHARED_MEMORY.glob(f"{prefix}*"):
-        file.unlink(missing_ok=True)
+    # The kernel keeps named semaphores there too, as `sem.NAME`.
+    for pattern in (f"{prefix}*", f"sem.{prefix}*"):
+        for file in SHARED_MEMORY.glob(pattern):
+            file.unlink(missing_ok=True)

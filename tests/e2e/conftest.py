@@ -106,7 +106,7 @@ def members(groups: set[int]) -> list[psutil.Process]:
 def leavings(state_dir: Path) -> list[Path]:
     """Sockets and shared memory of a Hearth, which none may leave."""
     runtime = Config(state_dir=state_dir).runtime_dir
-    shared = scratch.SHARED_MEMORY.glob(f"{scratch.shm_scope(runtime)}*")
+    shared = scratch.SHARED_MEMORY.glob(f"*{scratch.shm_scope(runtime)}*")
     return [path for path in (runtime, *shared) if path.exists()]
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from engine.runners import scratch
 from engine.runners.spec import RunnerSpec
 from models.catalog import load_catalog
 from models.prepare import prepare
@@ -100,6 +101,7 @@ def start_runner(tmp_path: Path) -> Iterator[StartRunner]:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(10)
+        scratch.clear_shared(Path(short))
 
 
 @pytest.fixture(scope="session")

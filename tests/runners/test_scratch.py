@@ -22,11 +22,13 @@ def test_each_runner_removes_its_own_only(tmp_path: Path, shared: Path) -> None:
     for socket in (mine, other):
         scratch.folder_of(socket).mkdir()
         (shared / f"{scratch.shm_prefix(socket)}123").touch()
+        (shared / f"sem.{scratch.shm_prefix(socket)}s-4").touch()
     (shared / "psm_of_somebody_else").touch()
     scratch.clear(mine)
     assert not scratch.folder_of(mine).exists() and scratch.folder_of(other).exists()
     left = {file.name for file in shared.iterdir()}
-    assert left == {"psm_of_somebody_else", f"{scratch.shm_prefix(other)}123"}
+    theirs = scratch.shm_prefix(other)
+    assert left == {"psm_of_somebody_else", f"{theirs}123", f"sem.{theirs}s-4"}
     scratch.clear_shared(tmp_path)
     assert [file.name for file in shared.iterdir()] == ["psm_of_somebody_else"]
 

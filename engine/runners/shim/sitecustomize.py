@@ -8,8 +8,8 @@ The folder is on the runner's PYTHONPATH. Repairs, all idle where they are not n
   calling such an op fails then. With a torchvision that loads nothing happens.
 - **torchaudio** and **torchcodec** are CUDA builds too, and libraries import them wherever they are found.
   Nothing here needs them: beside a CPU torch, those linked to CUDA are made to look absent.
-- **shared memory** gets names that begin with ``_HEARTH_SHM``, so that what a killed process leaves can be
-  found (``engine/runners/scratch.py``).
+- **shared memory** and semaphores get names that begin with ``_HEARTH_SHM``, so that what a killed process
+  leaves can be found (``engine/runners/scratch.py``).
 - **orphans**: vLLM's engine processes outlive an API server that is killed. A process that finds its group's
   leader in ``_HEARTH_LEADER`` ("PID:START TIME") ends itself when the leader is gone.
 
@@ -140,12 +140,14 @@ def _name_shared_memory() -> None:
     prefix = os.environ.get("_HEARTH_SHM")
     if not prefix:
         return
-    from multiprocessing import shared_memory
+    from multiprocessing import process, shared_memory
 
-    # Neither name is documented; where a later Python has others, the default names are used again.
+    # No name here is documented; where a later Python has others, the default names are used again.
     settings: Any = shared_memory
     settings._SHM_NAME_PREFIX = f"/{prefix}"
     settings._SHM_SAFE_NAME_LENGTH = len(prefix) + 12
+    current: Any = process.current_process()
+    current._config["semprefix"] = f"/{prefix}s"
 
 
 def _follow_leader() -> None:
