@@ -112,7 +112,7 @@ def extract(archive: Path, files: Mapping[str, str], target: Path) -> dict[str, 
 
 
 def fetch_hub(source: HubSource, target: Path, report: Report, endpoint: str = "") -> None:
-    """Downloads a hub repository into ``target`` and checks it; what is there from an earlier try is kept.
+    """Downloads a hub repository into ``target`` and checks it; whole files of an earlier try are kept.
 
     Raises:
         SourceError: the hub cannot be reached within a few seconds, refuses, there is no room, or a file is
@@ -127,6 +127,9 @@ def fetch_hub(source: HubSource, target: Path, report: Report, endpoint: str = "
 
     disable_progress_bars()
 
+    # Half a file of a killed try: the library gives each try a name of its own and never goes on with one.
+    for leftover in (target / ".cache").rglob("*.incomplete"):
+        leftover.unlink(missing_ok=True)
     api = HfApi(endpoint=base)
     total: list[int | None] = [None]
     with _watched(target, total, f"downloading {source.repo}", report):

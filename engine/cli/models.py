@@ -115,7 +115,7 @@ def pull(
     config: ConfigFile = None,
     state_dir: StateDir = None,
 ) -> None:
-    """Download, check and convert models' weights; one that was cut short goes on where it stopped."""
+    """Download, check and convert models' weights; one that was cut short keeps its whole files."""
     settings, entries = _configuration(config, state_dir), [_find(name) for name in names]
     # Imported here: listing must not wait for the download libraries.
     from models.prepare_profile import prepare_entries
@@ -131,7 +131,10 @@ def pull(
     try:
         status = prepare_entries(missing, settings.weights_dir, False, settings.weights.hub_endpoint)
     except KeyboardInterrupt:
-        _fail("Stopped. What has arrived is kept: the same command goes on from there.", status=130)
+        _fail(
+            "Stopped. Files that have arrived whole are kept: the same command goes on from there.",
+            status=130,
+        )
     for entry in entries:
         folder = _folder(entry, settings.weights_dir)
         if folder is not None:

@@ -95,6 +95,21 @@ def test_a_download_is_checked_and_tells_its_size(tmp_path: Path, api: type[Fake
     assert (len(DATA), len(DATA) + 2, "checking a/b") in said
 
 
+def test_a_killed_try_leaves_its_whole_files_to_the_next_and_no_half_ones(
+    tmp_path: Path, api: type[FakeApi]
+) -> None:
+    half = tmp_path / ".cache" / "huggingface" / "download" / "x.abc.incomplete"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(DATA[:100])
+    (tmp_path / "model.safetensors").write_bytes(DATA)
+    inode = (tmp_path / "model.safetensors").stat().st_ino
+    seen: list[bool] = []
+    sources.fetch_hub(SOURCE, tmp_path, lambda *_: seen.append(half.exists()), "http://hub")
+    assert seen and not any(seen)
+    assert (tmp_path / "model.safetensors").stat().st_ino == inode
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
 def test_a_damaged_file_is_removed_and_the_next_try_fetches_it_anew(
     tmp_path: Path, api: type[FakeApi], monkeypatch: pytest.MonkeyPatch
 ) -> None:
