@@ -85,9 +85,7 @@ def _model(placement: Placement, letter: str, runtime_dir: Path) -> Text:
     each = " of each" if placement.layout.gpus > 1 else ""
     text.append(f"  {placement.layout.name()} on {where}, {foot.total / GIB:.1f} GiB{each}")
     if foot.token_bytes:
-        text.append(
-            f"; {foot.kv_tokens:,} tokens of KV cache, context {placement.context:,}".replace(",", " ")
-        )
+        text.append(f"; {foot.kv_tokens} tokens of KV cache, context {placement.context}")
     text.append("\n    " + "; ".join(placement.why))
     for term in foot.terms:
         text.append(f"\n    {term.bytes / GIB:8.2f} GiB  {term.name}: {term.how}", style="dim")
