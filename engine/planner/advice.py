@@ -106,6 +106,9 @@ class _Helper:
         if unknown:
             yield f"Add {', '.join(unknown)} to its entry in models/catalog/, with the source."
             return
+        if not self.room.nodes:
+            yield "Name nodes with GPUs."
+            return
         if self.want.eplb and eplb_reason(self.needs, 2) is not None:
             yield "Leave EPLB out for this model (`eplb = false`)."
         most = self.needs.context
@@ -176,18 +179,13 @@ class _Helper:
     def _more_nodes(self) -> Iterator[str]:
         for like in _distinct(self.room.nodes):
             for extra in range(1, _MOST_NODES):
-                # Beside what stands, new nodes may join standing empty ones.
-                empty = [
-                    n for i, n in enumerate(self.room.nodes) if self._is_empty(i) and n.kind == like.kind
-                ]
-                grown = Fleet(_with_nodes(empty, extra, like), self.policy.utilisation)
+                grown = Fleet(_with_nodes(self.room.nodes, extra, like), self.policy.utilisation)
+                # What stands stays where it is.
+                grown.free[: len(self.room.free)] = [list(free) for free in self.room.free]
                 if self._fits(self.want, grown):
                     plural = "s" if extra > 1 else ""
                     yield f"{extra} more node{plural} of {like.gpus}x{like.kind.name}"
                     return
-
-    def _is_empty(self, node: int) -> bool:
-        return min(self.room.free[node]) == self.room.room[node]
 
     def _other_gpus(self) -> Iterator[str]:
         """The smallest other GPU kind of which as many would do."""

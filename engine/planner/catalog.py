@@ -24,9 +24,6 @@ _WIDTHS: dict[tuple[str, int], tuple[int, int, int]] = {
     ("KimiK25ForConditionalGeneration", 1027): (7168, 163_840, 128 + 64 + 128),
     ("LlamaForCausalLM", 71): (8192, 128_256, 0),
 }
-#: An fp8 cache of sparse MLA: 512 8-bit numbers, four scales and 64 16-bit ones, bytes of a layer and token.
-_FP8_SPARSE = 656
-_SPARSE = ("DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 #: Published with a draft layer that vLLM skips on loading (`deepseek_v2.py`: get_spec_layer_idx…).
 _DRAFTED = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 #: vLLM's class keeps one latent for all heads although it is written as one KV head.
@@ -123,15 +120,10 @@ def _kv(entry: ModelEntry) -> KvTerms | None:
     if not latent and kv.kv_heads is None:
         return None
     extra = kv.indexer_bytes_per_token
-    layers = kv.growing_layers or kv.layers
-    fp8: float | None = kv.bytes_per_token / 2 + extra
-    if kv.fp8_bytes_per_token is not None:
-        fp8 = kv.fp8_bytes_per_token
-    elif entry.architecture in _SPARSE:
-        fp8 = _FP8_SPARSE * layers + extra if layers else None
+    fp8 = kv.fp8_bytes_per_token or kv.bytes_per_token / 2
     return KvTerms(
         token_bytes=kv.bytes_per_token + extra,
-        fp8_token_bytes=fp8,
+        fp8_token_bytes=fp8 + extra,
         heads=1 if latent else kv.kv_heads or 1,
         latent=latent,
         sequence_bytes=kv.sliding.bytes_per_sequence if kv.sliding else 0,

@@ -58,7 +58,7 @@ class Apart:
     """Replicas of one model stand on different nodes, so that no node takes all with it."""
 
     name: ClassVar[str] = "replicas apart"
-    weight: ClassVar[float] = 1.5
+    weight: ClassVar[float] = 3.5
 
     def score(self, item: Item, move: Move, fleet: Fleet) -> float:
         return float(not any(fleet.hosts[node][item.model] for node, _ in move.places))
