@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from engine import __version__
@@ -25,11 +26,12 @@ _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
     """The FastAPI application behind the forwarded endpoints."""
-    pages = FastAPI(
+    pages = FastAPIOffline(
         title="Hearth",
         version=__version__,
         description="One OpenAI-format endpoint: chat, code, vision, images, audio, embeddings, detection.",
         redoc_url=None,
+        static_url="/docs-files",
         redirect_slashes=False,
     )
     _handle_errors(pages)

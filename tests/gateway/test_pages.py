@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import openai
@@ -57,6 +58,16 @@ async def test_health_readiness_and_metrics_need_no_key(house: House) -> None:
             assert response.headers["x-request-id"]
     async with house.http.head(house.base + "/health") as response:
         assert response.status == 200
+
+
+async def test_the_documentation_page_needs_no_other_host(house: House) -> None:
+    _, page, _ = await house.get("/docs")
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(loaded) >= 2
+    for path in loaded:
+        assert path.startswith("/"), path
+        async with house.http.get(house.base + path) as response:
+            assert response.status == 200, path
 
 
 async def test_readiness_lists_what_is_not_ready(house: House, runner: DummyRunner) -> None:
