@@ -46,6 +46,7 @@ class Plan:
     folder: Path
     # Whether the learning rate is to have fallen to nothing when the time is over.
     finish: bool = False
+    answer_rate: float = _ANSWER_RATE
 
 
 @dataclass
@@ -104,13 +105,13 @@ def see_step(training: Training) -> dict[str, float]:
     return dict(zip(LABELS, losses.detach().tolist(), strict=True))
 
 
-def answer_rate(step: int, steps: int, time_left: float = 1.0) -> float:
+def answer_rate(step: int, steps: int, time_left: float = 1.0, peak: float = _ANSWER_RATE) -> float:
     """The learning rate of a step of the answer stage: warm-up, plateau, straight down to zero.
 
     Zero comes with the last step or, if that is earlier, with the end of the time (`time_left`: 1..0).
     """
     left = min((steps - step) / steps, time_left) / _COOL_DOWN
-    return _ANSWER_RATE * min(1.0, (step + 1) / _WARM_UP, max(left, 0.0))
+    return peak * min(1.0, (step + 1) / _WARM_UP, max(left, 0.0))
 
 
 def train(plan: Plan, training: Training) -> None:
@@ -133,7 +134,7 @@ def train(plan: Plan, training: Training) -> None:
             else:
                 teacher = teacher or Teacher()
                 time_left = 1.0 - (time.monotonic() - began) / plan.seconds if plan.finish else 1.0
-                rate = answer_rate(training.answer_step, plan.answer_steps, time_left)
+                rate = answer_rate(training.answer_step, plan.answer_steps, time_left, plan.answer_rate)
                 fresh = answer_step(training, teacher, SEEN_BATCH, TOLD_BATCH, rate)
                 task, done = answer, training.answer_step
             training.seconds += time.monotonic() - tick
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--continue-weights", action="store_true", help="go on from the committed weights")
     parser.add_argument("--see-steps", type=int, default=1500)
     parser.add_argument("--answer-steps", type=int, default=3000)
+    parser.add_argument("--answer-rate", type=float, default=_ANSWER_RATE, help="the second stage's highest")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=TRAINING_SEED, help="another one draws other scenes")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER)
@@ -172,8 +174,10 @@ def main() -> None:
     elif args.continue_weights:
         training.load_weights(WEIGHTS / "model.safetensors")
     nn.Module.train(training.model)
-    plan = Plan(args.see_steps, args.answer_steps, 60 * args.minutes, args.folder, args.finish)
-    train(plan, training)
+    seconds = 60 * args.minutes
+    train(
+        Plan(args.see_steps, args.answer_steps, seconds, args.folder, args.finish, args.answer_rate), training
+    )
 
 
 if __name__ == "__main__":
