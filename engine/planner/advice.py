@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from engine.planner.filters import FILTERS
-from engine.planner.fleet import Fleet, Item, Move
+from engine.planner.fleet import Fleet, Group, Item, Move
 from engine.planner.hardware import KINDS, Node
 from engine.planner.layout import Policy, Want
 from engine.planner.memory import GIB, capacity, context_of
@@ -18,6 +18,8 @@ from engine.planner.wishes import Prepared, choices_for
 #: Contexts below this are no help to anybody.
 LEAST_CONTEXT = 2048
 _MOST_NODES = 4
+#: Most standing replicas (and nodes) that are taken away for a try.
+_MOST_TRIED = 16
 
 
 def refuse(
@@ -99,6 +101,7 @@ class _Helper:
     ) -> None:
         self.needs, self.want, self.item = needs, want, item
         self.prepared, self.placed, self.room, self.policy = prepared, placed, room, policy
+        self._items: dict[tuple[Want, tuple[tuple[Group, int], ...]], Item] = {}
 
     def changes(self) -> Iterator[str]:
         """Sentences, the smallest change first."""
@@ -122,9 +125,12 @@ class _Helper:
 
     def _fits(self, want: Want, room: Fleet | None = None) -> bool:
         room = room or self.room
-        found = choices_for(self.needs, want, room, self.policy)
-        item = replace(self.item, options={g: c.options for g, c in found.items() if c.options})
-        return next(room.moves(item), None) is not None
+        key = want, tuple((group, len(members)) for group, members in room.groups.items())
+        if key not in self._items:
+            found = choices_for(self.needs, want, room, self.policy)
+            possible = {group: choice.options for group, choice in found.items() if choice.options}
+            self._items[key] = replace(self.item, options=possible)
+        return next(room.moves(self._items[key]), None) is not None
 
     def _less(self) -> Iterator[str]:
         if not self.needs.kv:
@@ -145,21 +151,35 @@ class _Helper:
 
     def _others(self) -> Iterator[str]:
         """Which standing replicas would have to go, when an empty fleet would do."""
+        if not self._fits(self.want, self._without(list(self.placed))):
+            return
         names = sorted(self.placed, key=lambda name: (self._priority(name), self._size(name)))
-        for name in names:
+        for name in names[:_MOST_TRIED]:
             if self._fits(self.want, self._without([name])):
                 yield self._asleep([name])
                 return
-        gone: list[str] = []
-        for name in names:
-            gone.append(name)
+        # Several: those of the node that is cheapest to clear, and of them only who is in the way.
+        for gone in sorted(self._neighbours(names), key=lambda gone: sum(map(self._size, gone))):
             if self._fits(self.want, self._without(gone)):
-                # Those that turn out not to be in the way stay.
-                needed = [
-                    n for n in gone if not self._fits(self.want, self._without([m for m in gone if m != n]))
-                ]
-                yield self._asleep(needed if self._fits(self.want, self._without(needed)) else gone)
+                yield self._asleep(self._needed(gone))
                 return
+
+    def _neighbours(self, names: Sequence[str]) -> list[list[str]]:
+        """The replicas of each node, the smallest first, for a few nodes; then all."""
+        by_node: dict[int, list[str]] = {}
+        for name in names:
+            for node, _ in self.placed[name].places:
+                by_node.setdefault(node, []).append(name)
+        return [*list(by_node.values())[:_MOST_TRIED], list(names)[:_MOST_TRIED]]
+
+    def _needed(self, gone: Sequence[str]) -> list[str]:
+        """Those of ``gone`` without whose going it would not fit."""
+        kept = list(gone)
+        for name in sorted(gone, key=self._size, reverse=True):
+            fewer = [other for other in kept if other != name]
+            if self._fits(self.want, self._without(fewer)):
+                kept = fewer
+        return kept
 
     def _asleep(self, names: Sequence[str]) -> str:
         models = list(dict.fromkeys(self.prepared.wants[name].model for name in names))

@@ -10,6 +10,8 @@ from engine.planner.hardware import Node
 from engine.planner.memory import capacity
 from engine.planner.select import Option
 
+#: In place of a GPU's number: any of the node's.
+ANY = -1
 #: Nodes alike: kind, GPUs, RDMA.
 Group = tuple[str, int, bool]
 
@@ -40,13 +42,14 @@ class Move:
 
 
 class Fleet:
-    """Free bytes of every GPU, and which models stand on which node."""
+    """Free bytes of every GPU, and which models stand where."""
 
     def __init__(self, nodes: Sequence[Node], utilisation: float) -> None:
         self.nodes = tuple(nodes)
         self.room = [capacity(node.kind, utilisation) for node in nodes]
         self.free = [[self.room[i]] * node.gpus for i, node in enumerate(nodes)]
-        self.hosts: list[Counter[str]] = [Counter() for _ in nodes]
+        #: Per node, how often a model stands on each GPU: (model, GPU) -> replicas, and (model, -1) for any.
+        self.hosts: list[Counter[tuple[str, int]]] = [Counter() for _ in nodes]
         self.groups: dict[Group, list[int]] = {}
         for i, node in enumerate(nodes):
             self.groups.setdefault(group_of(node), []).append(i)
@@ -70,10 +73,12 @@ class Fleet:
             for gpu in gpus:
                 free[gpu] -= need
                 assert free[gpu] >= 0, "a GPU over its budget"
-            self.hosts[node][item.model] += sign
+                self.hosts[node][item.model, gpu] += sign
+            self.hosts[node][item.model, ANY] += sign
 
     def moves(self, item: Item, *, every: bool = False) -> Iterator[Move]:
-        """Where the item can stand now: on each kind of node situation once, on the fullest GPUs that do.
+        """Where the item can stand now: on each kind of node situation once, on the fullest GPUs that do
+        (and, beside a replica of the same model, on the fullest others).
 
         Args:
             item: what to place.
@@ -83,18 +88,31 @@ class Fleet:
             members = self.groups.get(group, ())
             distinct: dict[tuple[object, ...], int] = {}
             for node in members:
-                distinct.setdefault((*self.free[node], self.hosts[node][item.model] > 0), node)
+                distinct.setdefault((*self.free[node], self._gpus_with(item.model, node)), node)
             for option in options:
                 if option.nodes > 1:
                     yield from self._spread(option, members)
                     continue
                 for node in distinct.values():
+                    taken = self._gpus_with(item.model, node)
                     yield from self._within(option, node, every)
+                    if taken and not every:
+                        yield from self._within(option, node, every, without=taken)
 
-    def _within(self, option: Option, node: int, every: bool) -> Iterator[Move]:
+    def _gpus_with(self, model: str, node: int) -> tuple[int, ...]:
+        hosts = self.hosts[node]
+        if not hosts[model, ANY]:
+            return ()
+        return tuple(gpu for gpu in range(self.nodes[node].gpus) if hosts[model, gpu])
+
+    def _within(
+        self, option: Option, node: int, every: bool, without: tuple[int, ...] = ()
+    ) -> Iterator[Move]:
         need, count = option.footprint.total, option.per_node
         free = self.free[node]
-        fitting = sorted((bytes_, gpu) for gpu, bytes_ in enumerate(free) if bytes_ >= need)
+        fitting = sorted(
+            (bytes_, gpu) for gpu, bytes_ in enumerate(free) if bytes_ >= need and gpu not in without
+        )
         seen = None
         for start in range(len(fitting) - count + 1):
             chosen = fitting[start : start + count]

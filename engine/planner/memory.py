@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.planner.hardware import GpuKind
 from engine.planner.layout import Layout, Policy, Want
@@ -62,7 +63,7 @@ class Footprint:
     #: Groups with a cache of their own (DP ranks), and ranks that split one cache by token (DCP).
     caches: int = 1
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(term.bytes for term in self.terms)
 

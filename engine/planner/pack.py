@@ -16,6 +16,8 @@ from engine.planner.score import ranked
 #: Fixed, so that equal wishes give equal plans.
 _SEED = 20_261_124
 _MOST_REMOVED = 4
+#: More replicas than these are beyond an exact search.
+_MOST_BRANCHED = 64
 
 Placed = dict[str, Move]
 
@@ -26,7 +28,7 @@ def pack(items: Sequence[Item], fleet: Fleet, steps: int) -> Placed:
     Args:
         items: the replicas; one without options is never placed.
         fleet: the nodes; changed to hold what is placed.
-        steps: most trials of placing one replica after the greedy try.
+        steps: most trials of placing one replica after the greedy try; bounds the time.
     """
     order = sorted(
         (item for item in items if item.options), key=lambda item: (-item.priority, -item.value, item.id)
@@ -35,8 +37,8 @@ def pack(items: Sequence[Item], fleet: Fleet, steps: int) -> Placed:
     if len(placed) == len(order):
         return placed
     search = _Search(order, fleet, placed, steps)
-    search.branch(steps // 2)
-    search.shake()
+    if search.branch(steps // 2):
+        search.shake()
     return search.settle()
 
 
@@ -92,11 +94,14 @@ class _Search:
         self.current = dict(self.best)
         return self.best
 
-    def branch(self, budget: int) -> None:
-        """Depth first with a bound: exact where the budget lasts."""
+    def branch(self, budget: int) -> bool:
+        """Depth first with a bound; True = the budget did not last, so there may be something better."""
+        if len(self.order) > _MOST_BRANCHED:
+            return True
         self._clear()
         self.budget = budget
         self._descend(0)
+        return self.budget <= 0
 
     def _descend(self, depth: int) -> bool:
         """True = stop: all is placed, or the budget is spent."""
@@ -135,13 +140,14 @@ class _Search:
         dice = random.Random(_SEED)
         while self.steps > 0 and len(self.best) < len(self.order):
             self.settle()
+            self.steps -= len(self.best) // 4  # setting up anew takes its time too
             for name in dice.sample(sorted(self.best), min(len(self.best), dice.randint(1, _MOST_REMOVED))):
                 self.fleet.undo(self.by_id[name], self.current.pop(name))
             left = [item for item in self.order if item.id not in self.current]
             left.sort(key=lambda item: (-item.priority, -item.value * dice.uniform(0.5, 1.5)))
             for item in left:
-                self.steps -= 1
                 moves = ranked(item, self.fleet.moves(item, every=True), self.fleet)
+                self.steps -= 1 + len(moves)
                 if moves:
                     move = moves[0] if dice.random() < 0.8 else dice.choice(moves)
                     self.fleet.apply(item, move)

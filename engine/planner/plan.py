@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from engine.planner import rules
 from engine.planner.advice import refuse
@@ -12,7 +13,7 @@ from engine.planner.hardware import Node
 from engine.planner.layout import Layout, Policy, Want
 from engine.planner.memory import Footprint, context_of
 from engine.planner.needs import ModelNeeds
-from engine.planner.outcome import Placement, Plan
+from engine.planner.outcome import Placement, Plan, Refusal
 from engine.planner.pack import pack
 from engine.planner.wishes import Prepared, prepare
 
@@ -38,13 +39,18 @@ def make_plan(
     prepared = prepare(needs, wants, fleet, policy)
     placed = pack(prepared.items, fleet, policy.search_steps)
     grown = grow(prepared, placed, fleet, needs, policy)
-    placements, refusals = [], []
+    placements: list[Placement] = []
+    refusals: list[Refusal] = []
+    told: dict[Want, Refusal] = {}
     for item in prepared.items:
         want = prepared.wants[item.id]
         if item.id in placed:
             placements.append(_placement(item, placed[item.id], grown[item.id], want, needs, nodes, policy))
         else:
-            refusals.append(refuse(item, prepared, placed, fleet, needs, policy))
+            # Replicas of one want are refused alike.
+            if want not in told:
+                told[want] = refuse(item, prepared, placed, fleet, needs, policy)
+            refusals.append(replace(told[want], id=item.id))
     return Plan(tuple(nodes), tuple(placements), tuple(refusals), tuple(tuple(f) for f in fleet.free))
 
 
@@ -123,7 +129,8 @@ def _why(needs: ModelNeeds, layout: Layout, rank: int, node: Node, want: Want) -
         lines.append(f"EPLB with {layout.redundant_experts} redundant experts")
     elif needs.is_moe and (layout.ep or layout.gpus > 1):
         reason = rules.eplb_reason(needs, layout.ep_size)
-        lines.append(f"no EPLB: {reason}" if reason else "no EPLB: worth its copies on 16 ranks or more")
+        because = reason.removeprefix("EPLB ") if reason else "worth its copies on 16 ranks or more"
+        lines.append(f"no EPLB: {because}")
     if layout.kv_dtype == "fp8":
         lines.append("fp8 KV cache" + (", this architecture's default" if want.kv_dtype == "auto" else ""))
     return lines

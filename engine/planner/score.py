@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
-from engine.planner.fleet import Fleet, Item, Move
+from engine.planner.fleet import ANY, Fleet, Item, Move
 
 
 class Scorer(Protocol):
@@ -55,13 +55,16 @@ class WholeNodes:
 
 
 class Apart:
-    """Replicas of one model stand on different nodes, so that no node takes all with it."""
+    """Replicas of one model stand on different nodes, or at least GPUs: no fault takes all of them."""
 
     name: ClassVar[str] = "replicas apart"
     weight: ClassVar[float] = 3.5
 
     def score(self, item: Item, move: Move, fleet: Fleet) -> float:
-        return float(not any(fleet.hosts[node][item.model] for node, _ in move.places))
+        hosts, model = fleet.hosts, item.model
+        if any(hosts[node][model, gpu] for node, gpus in move.places for gpu in gpus):
+            return 0.0
+        return 0.3 if any(hosts[node][model, ANY] for node, _ in move.places) else 1.0
 
 
 SCORERS: tuple[Scorer, ...] = (Preferred(), Tight(), WholeNodes(), Apart())

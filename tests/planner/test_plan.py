@@ -127,6 +127,8 @@ def test_replicas_stand_on_different_nodes() -> None:
     found = plan("2x8xH100", Want("qwen3-8b", replicas=2))
     assert {p.places[0][0].name for p in found.placements} == {"n0", "n1"}
     assert [p.id for p in found.placements] == ["qwen3-8b-0", "qwen3-8b-1"]
+    on_one = plan("1x8xH100", Want("qwen3-8b", replicas=2))
+    assert len({p.places[0][1] for p in on_one.placements}) == 2
 
 
 def test_no_gpus_is_a_reason_not_a_crash() -> None:
