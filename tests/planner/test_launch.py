@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from engine.config import ROOT
 from engine.planner.catalog import nodes_of, wants_of
@@ -126,9 +128,7 @@ def test_the_document_is_json_and_adds_up() -> None:
 
 
 def text_of(found: Plan) -> str:
-    from rich.console import Console
-
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=100, record=True, file=io.StringIO())
     console.print(chart(found, 0.92, RUN), soft_wrap=True)
     return console.export_text()
 
