@@ -52,8 +52,9 @@ def write(name: str, pinned: dict[str, str]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sets", nargs="*", default=["cpu", "gpu"], choices=["cpu", "gpu"])
-    chosen = parser.parse_args().sets
+    parser.add_argument("--only", choices=["cpu", "gpu"], help="resolve one set; default: both")
+    only = parser.parse_args().only
+    chosen = [only] if only else ["cpu", "gpu"]
     pinned = {kind: resolve(kind) for kind in chosen}
     for kind, packages in pinned.items():
         write(kind, packages)
