@@ -27,7 +27,9 @@ def curl_line(category: Category, model: str, base_url: str, key: str) -> str:
         form = ["-F", f"model={model}", "-F", f"image=@{_SAMPLE_PICTURE}"]
         return _command(base_url + "/detections", key, form)
     path, body = _REQUESTS[category]
-    return _command(base_url + path, key, ["--json", json.dumps({"model": model, **body})])
+    body = {"model": model, **body}
+    # Not --json: curl knows it since 7.82 only.
+    return _command(base_url + path, key, ["-H", "Content-Type: application/json", "-d", json.dumps(body)])
 
 
 def curl_lines(models: Iterable[tuple[Category, str]], base_url: str, key: str) -> list[tuple[Category, str]]:
