@@ -121,6 +121,28 @@ def test_json_schema(client: openai.OpenAI) -> None:
     assert json.loads(said) == {"shape": "square", "color": "red", "count": 1}
 
 
+def test_a_schema_with_a_list_ends(client: openai.OpenAI) -> None:
+    item = {
+        "type": "object",
+        "properties": {"shape": {"type": "string"}, "color": {"type": "string"}},
+        "required": ["shape", "color"],
+        "additionalProperties": False,
+    }
+    schema = {
+        "type": "object",
+        "properties": {"objects": {"type": "array", "items": item}},
+        "required": ["objects"],
+        "additionalProperties": False,
+    }
+    said = ask(
+        client,
+        "List the objects in the picture.",
+        data_url(red_square()),
+        response_format={"type": "json_schema", "json_schema": {"name": "list", "schema": schema}},
+    )
+    assert {"shape": "square", "color": "red"} in json.loads(said)["objects"]
+
+
 def test_any_prompt_is_readable(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=[{"role": "user", "content": "Grüße, 世界! 🙂"}], max_tokens=32
