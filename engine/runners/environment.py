@@ -42,9 +42,9 @@ def runner_environment(spec: RunnerSpec, base: Mapping[str, str]) -> dict[str, s
         base: the environment to start from, usually ``os.environ``. Kept, except for Hearth's own variables
             and hub tokens.
 
-    The folder of ``sitecustomize.py`` and the repository come first on ``PYTHONPATH``; temporary and cache
-    folders stay as they are. ``CUDA_VISIBLE_DEVICES`` is set from the device, so that "cuda:2,3" sees those
-    two and a CPU runner none.
+    The folder of ``sitecustomize.py`` and the repository come first on ``PYTHONPATH``; cache folders stay as
+    they are; a vLLM runner gets a temporary folder of its own. ``CUDA_VISIBLE_DEVICES`` is set from the device, so
+    that "cuda:2,3" sees those two and a CPU runner none.
     """
     env = {key: value for key, value in base.items() if not key.startswith(_DROPPED)}
     paths = [str(SHIM), str(ROOT), *(p for p in base.get("PYTHONPATH", "").split(os.pathsep) if p)]
@@ -102,7 +102,9 @@ def _vllm(spec: RunnerSpec) -> dict[str, str]:
     env = {
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # Sockets and rendezvous files of its processes, which a killed one leaves behind.
         "VLLM_RPC_BASE_PATH": str(scratch.folder_of(spec.socket)),
+        "TMPDIR": str(scratch.folder_of(spec.socket)),
         "VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
     }
     if spec.device.startswith("cpu"):

@@ -1,4 +1,4 @@
-"""What a runner has outside its own memory: sockets between its processes, and shared memory.
+"""What a runner has outside its own memory: a temporary folder, shared memory and semaphores.
 
 A killed runner cannot clean up, so the names tell whose they are: the next start of the same replica, or the
 end of the scheduler, removes what is left.
@@ -20,7 +20,7 @@ def _digest(text: str) -> str:
 
 
 def folder_of(socket: Path) -> Path:
-    """The folder for sockets between the processes of the runner that serves on ``socket``; a short path."""
+    """The temporary folder of the runner that serves on ``socket``; short, since sockets stand in it."""
     return socket.parent / f"t-{_digest(socket.name)}"
 
 

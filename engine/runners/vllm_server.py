@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,8 @@ def main() -> None:
     os.environ["_HEARTH_LEADER"] = _leader()
     scratch.clear(spec.socket)
     scratch.folder_of(spec.socket).mkdir(mode=0o700)
+    # Whoever has asked for the temporary folder before it was there has been given another.
+    tempfile.tempdir = None
     try:
         _serve(spec)
     except OptionsError as error:
