@@ -42,9 +42,9 @@ def runner_environment(spec: RunnerSpec, base: Mapping[str, str]) -> dict[str, s
         base: the environment to start from, usually ``os.environ``. Kept, except for Hearth's own variables
             and hub tokens.
 
-    The folder of ``sitecustomize.py`` and the repository come first on ``PYTHONPATH``; cache folders stay as
-    they are; a vLLM runner gets a temporary folder of its own. ``CUDA_VISIBLE_DEVICES`` is set from the device, so
-    that "cuda:2,3" sees those two and a CPU runner none.
+    The folder of ``sitecustomize.py`` and the repository come first on ``PYTHONPATH``. Cache folders stay as
+    they are; a vLLM runner gets a temporary folder of its own. ``CUDA_VISIBLE_DEVICES`` is set from the
+    device, so that "cuda:2,3" sees those two and a CPU runner none.
     """
     env = {key: value for key, value in base.items() if not key.startswith(_DROPPED)}
     paths = [str(SHIM), str(ROOT), *(p for p in base.get("PYTHONPATH", "").split(os.pathsep) if p)]
