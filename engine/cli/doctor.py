@@ -14,10 +14,12 @@ from typing import Literal
 
 import psutil
 
+from engine.cli.profile import chosen_profile
 from engine.config import Config
 from engine.runners.spec import EngineKind
-from engine.scheduler.devices import find_gpus, host_memory
-from models.catalog import CatalogError, choose_profile, load_catalog, load_profile, load_profiles
+from engine.scheduler.devices import CPU, find_devices, find_gpus
+from engine.scheduler.plan import PlanError, make_plan
+from models.catalog import CatalogError, load_catalog
 from models.entry import ModelEntry
 from models.prepare import PrepareError, prepare
 
@@ -65,9 +67,8 @@ def examine(config: Config) -> list[Check]:
         _python,
         _engines,
         _gpu,
-        _profile,
-        _weights,
-        _memory_and_disk,
+        _served,
+        _disk,
         _port,
         _folders,
     ]
@@ -114,38 +115,30 @@ def _gpu(config: Config) -> Iterator[Check]:
         )
 
 
-def _profile(config: Config) -> Iterator[Check]:
+def _served(config: Config) -> Iterator[Check]:
+    """The profile and what follows from it, planned as `hearth serve` would: weights and memory."""
     try:
-        if config.profile:
-            profile = load_profile(config.profile)
-        else:
-            profiles = load_profiles()
-            profile = load_profile(
-                choose_profile(profiles, [g.memory_bytes for g in find_gpus()], host_memory())
-            )
-        catalog = load_catalog()
-        for model in profile.models:
-            catalog.find(model.id)
-    except CatalogError as error:
+        profile = chosen_profile(config)
+        plans = make_plan(config, profile, load_catalog(), find_devices())
+    except (CatalogError, PlanError) as error:
         yield Check("profile", "missing", str(error), "Name another: `hearth serve --profile tiny`.")
         return
-    yield Check("profile", "ok", f"{profile.name} ({len(profile.models)} models)")
-
-
-def _weights(config: Config) -> Iterator[Check]:
-    try:
-        profile = load_profile(config.profile or "tiny")
-        entries = [load_catalog().find(model.id) for model in profile.models]
-    except CatalogError:
-        return
-    waiting = [entry.id for entry in entries if not _is_prepared(entry, config.weights_dir)]
-    if not waiting:
+    entries = {plan.model: plan.entry for plan in plans}
+    yield Check("profile", "ok", f"{profile.name} ({len(entries)} models)")
+    waiting = [name for name, entry in entries.items() if not _is_prepared(entry, config.weights_dir)]
+    if waiting:
+        found = f"to be fetched or converted: {', '.join(waiting)}"
+        step = "`hearth serve` does it by itself; it needs the package index or the hub."
+        yield Check("weights", "note", found, step)
+    else:
         yield Check("weights", "ok", f"all prepared in {config.weights_dir}")
-        return
-    found = f"to be fetched or converted: {', '.join(waiting)}"
-    yield Check(
-        "weights", "note", found, "`hearth serve` does it by itself; it needs the package index or the hub."
-    )
+    needs = sum(plan.spec.memory_bytes for plan in plans if plan.device == CPU)
+    free = psutil.virtual_memory().available
+    if free >= needs:
+        yield Check("memory", "ok", f"{free / GIB:.1f} GiB free, {needs / GIB:.1f} GiB budgeted")
+    else:
+        step = "Leave models out (`[models.NAME] enabled = false`) or end other programs."
+        yield Check("memory", "note", f"{free / GIB:.1f} GiB free of {needs / GIB:.1f} GiB budgeted", step)
 
 
 def _is_prepared(entry: ModelEntry, weights_dir: Path) -> bool:
@@ -156,22 +149,13 @@ def _is_prepared(entry: ModelEntry, weights_dir: Path) -> bool:
     return True
 
 
-def _memory_and_disk(config: Config) -> Iterator[Check]:
-    free = psutil.virtual_memory().available
-    needs = 12 * GIB
-    step = "Leave models out (`[models.NAME] enabled = false`) or end other programs."
-    state: Literal["ok", "note"] = "ok" if free >= needs else "note"
-    yield Check(
-        "memory", state, f"{free / GIB:.1f} GiB free; tiny takes up to 12", "" if free >= needs else step
-    )
-    disk = shutil.disk_usage(_existing(config.state_dir)).free
-    enough = disk >= DISK_BYTES
-    step = (
-        ""
-        if enough
-        else f"Free some space, or set state_dir or [weights] dir to a larger disk than {config.state_dir}."
-    )
-    yield Check("disk", "ok" if enough else "missing", f"{disk / GIB:.1f} GiB free", step)
+def _disk(config: Config) -> Iterator[Check]:
+    free = shutil.disk_usage(_existing(config.state_dir)).free
+    if free >= DISK_BYTES:
+        yield Check("disk", "ok", f"{free / GIB:.1f} GiB free")
+    else:
+        step = f"Free some, or set state_dir or [weights] dir to a larger disk than {config.state_dir}."
+        yield Check("disk", "missing", f"{free / GIB:.1f} GiB free", step)
 
 
 def _port(config: Config) -> Iterator[Check]:

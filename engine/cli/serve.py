@@ -14,13 +14,12 @@ from rich.live import Live
 
 from engine.cli import tables
 from engine.cli.examples import curl_lines
+from engine.cli.profile import chosen_profile
 from engine.config import Config
 from engine.metering import keys
-from engine.scheduler.devices import find_gpus, host_memory
 from engine.scheduler.service import Scheduler, SchedulerError
 from engine.scheduler.status import Status
-from models.catalog import CatalogError, choose_profile, load_catalog, load_profile, load_profiles
-from models.profile import Profile
+from models.catalog import CatalogError, load_catalog
 
 _LOOK_S = 0.25
 
@@ -53,18 +52,6 @@ def _log_to_file(config: Config) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         handlers=[file, terminal],
     )
-
-
-def chosen_profile(config: Config) -> Profile:
-    """The profile named, or the largest that fits this machine.
-
-    Raises:
-        CatalogError: there is none of that name, or none fits.
-    """
-    if config.profile:
-        return load_profile(config.profile)
-    gpus = [gpu.memory_bytes for gpu in find_gpus()]
-    return load_profile(choose_profile(load_profiles(), gpus, host_memory()))
 
 
 def first_key(config: Config) -> str | None:

@@ -48,6 +48,7 @@ class Protocol(HttpToolsProtocol):
 
     max_body_bytes: int
 
+    # uvicorn narrows asyncio's own parameter in the same way.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = self._flow = _Flow(transport)

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from engine.cli import tables
+from engine.cli import doctor, tables
 from engine.cli.app import app
 from engine.cli.examples import curl_lines
 from engine.cli.serve import Screen, first_key
@@ -162,3 +162,34 @@ def test_a_new_key_is_shown_even_when_nothing_became_ready() -> None:
     given = io.StringIO()
     Screen(Console(file=given, width=200), "my-key", live=False, given=True).part()
     assert given.getvalue() == ""
+
+
+def test_doctor_looks_at_what_would_be_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.cli.profile.find_gpus", list)
+    off = {"enabled": False}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text("{}")
+    config = Config.model_validate(
+        {
+            "state_dir": tmp_path,
+            "profile": "tiny",
+            "models": {
+                "whisper-tiny-en": off,
+                "yolov8s-world": off,
+                "all-minilm-l6-v2": {"path": tmp_path / "own"},
+            },
+        }
+    )
+    found = {check.name: check for check in doctor.examine(config)}
+    assert "(5 models)" in found["profile"].found
+    waiting = found["weights"].found
+    assert "smollm2-135m-instruct" in waiting
+    # Left out, given as a folder, and lying in the repository: none of them is to be fetched.
+    for name in ("whisper-tiny-en", "all-minilm-l6-v2", "tiny-vision"):
+        assert name not in waiting
+
+
+def test_doctor_says_why_a_profile_cannot_stand_here(tmp_path: Path) -> None:
+    config = Config(state_dir=tmp_path, profile="tinny")
+    check = next(check for check in doctor.examine(config) if check.name == "profile")
+    assert check.state == "missing" and "Did you mean tiny" in check.found and check.next_step
