@@ -110,6 +110,55 @@ class SchedulerConfig(_Section):
     )
 
 
+class TiersConfig(_Section):
+    """Standby models: asleep until a request comes, then woken in place of one that nobody uses."""
+
+    wake_wait_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="Longest a request waits for its model to wake, seconds; then 503 with retry-after.",
+    )
+    most_waiting: int = Field(
+        default=256,
+        ge=1,
+        description="Most requests of one gateway worker that wait for one model; one more is answered 503.",
+    )
+    wake_timeout_s: float = Field(
+        default=120.0, gt=0, description="Longest waking or falling asleep may take, seconds; then a restart."
+    )
+    min_residence_s: float = Field(
+        default=20.0,
+        ge=0,
+        description="Time that a woken model stays at least before it may make room for another, seconds.",
+    )
+    host_memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Host memory for the weights of sleeping GPU models, bytes; 0 = all but 10 %.",
+    )
+
+
+class ScalingConfig(_Section):
+    """Replicas between a model's `min_replicas` and `max_replicas`, where memory is free."""
+
+    target_in_flight: float = Field(
+        default=0.8,
+        gt=0,
+        description="Requests in hand per replica, as a share of `max_batch`, above which one more is wanted.",
+    )
+    queue_wait_s: float = Field(
+        default=1.0,
+        gt=0,
+        description="Wait for an answer's first byte above which one more is wanted, seconds.",
+    )
+    up_after_s: float = Field(
+        default=10.0, ge=0, description="Time that load must stay high before a replica is added, seconds."
+    )
+    down_after_s: float = Field(
+        default=120.0, ge=0, description="Time that load must stay low before a replica goes, seconds."
+    )
+
+
 class WeightsConfig(_Section):
     """Where model files come from and are kept."""
 
@@ -126,7 +175,23 @@ class ModelConfig(_Section):
     """What one model changes against its profile; the table's name is the model's: [models.smollm2-135m]."""
 
     enabled: bool = Field(default=True, description="False: a profile's model is left out.")
-    replicas: int | None = Field(default=None, ge=1, description="Processes that serve it.")
+    tier: Literal["resident", "standby"] | None = Field(
+        default=None,
+        description="'resident' = always awake; 'standby' = asleep until a request comes; the profile's.",
+    )
+    pinned: bool | None = Field(
+        default=None, description="True: once awake, a standby model never makes room for another."
+    )
+    priority: int | None = Field(
+        default=None, description="Higher: placed and woken first, put to sleep last; 0 unless given."
+    )
+    replicas: int | None = Field(
+        default=None, ge=1, description="Processes that serve it: both bounds at once."
+    )
+    min_replicas: int | None = Field(default=None, ge=1, description="Fewest processes that serve it.")
+    max_replicas: int | None = Field(
+        default=None, ge=1, description="Most processes that serve it, as load asks and memory allows."
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of one replica.")
     memory_bytes: int | None = Field(default=None, ge=0, description="Memory budget of one replica, bytes.")
     context_length: int | None = Field(default=None, ge=1, description="Longest input plus output, tokens.")
@@ -173,6 +238,8 @@ class Config(BaseSettings):
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     fetch: FetchConfig = Field(default_factory=FetchConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    tiers: TiersConfig = Field(default_factory=TiersConfig)
+    scaling: ScalingConfig = Field(default_factory=ScalingConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
     models: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Per-model tables, and models to add."
@@ -294,7 +361,7 @@ def _refuse_unknown_environment() -> None:
             continue
         every = known | {
             f"HEARTH_{name.upper()}__{key.upper()}"
-            for name in ("gateway", "fetch", "scheduler", "weights")
+            for name in ("gateway", "fetch", "scheduler", "tiers", "scaling", "weights")
             for key in _section_of(Config, name).model_fields
         }
         close = nearest(variable, every, most=1)

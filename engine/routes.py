@@ -20,6 +20,7 @@ ReplicaState = Literal[
     "warming",
     "ready",
     "asleep",
+    "waking",
     "draining",
     "stopped",
     "failed",
@@ -54,6 +55,14 @@ class ModelRoute(BaseModel):
     max_in_flight: int | None = Field(
         default=None,
         description="Most requests of one gateway worker at a replica at once; None = it bounds itself.",
+    )
+    tier: Literal["resident", "standby"] = "resident"
+    wake_wait_s: float | None = Field(
+        default=None,
+        description="Longest a request may wait for the model to wake, seconds; None = it is not to wait.",
+    )
+    most_waiting: int = Field(
+        default=256, description="Most requests of one gateway worker that wait for it."
     )
     state: ReplicaState = "planned"
     reason: str = Field(default="", description="Why it is not ready, for a person.")

@@ -24,7 +24,17 @@ class ProfileModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     id: str = Field(description="Serving name in the catalog.")
-    replicas: int = Field(default=1, ge=1)
+    tier: Literal["resident", "standby"] = Field(
+        default="resident", description="'standby' = asleep until a request comes."
+    )
+    pinned: bool = Field(default=False, description="Once awake, never makes room for another.")
+    replicas: int = Field(default=1, ge=1, description="Fewest replicas.")
+    max_replicas: int | None = Field(
+        default=None, ge=1, description="Most replicas; None = as many as fewest."
+    )
+    ranks: int = Field(
+        default=1, ge=1, description="Processes that share one replica on a CPU (vLLM's tensor parallelism)."
+    )
     threads: int = Field(default=1, ge=1, description="CPU threads of one replica.")
     memory_bytes: int | None = Field(default=None, ge=0, description="Memory budget of one replica, bytes.")
     context_length: int | None = Field(default=None, ge=1, description="Tokens.")
@@ -37,7 +47,7 @@ class ProfileModel(BaseModel):
     eplb: bool | None = Field(
         default=None, description="`hearth plan`: expert load balancing; None = where it is known to help."
     )
-    priority: int = Field(default=0, description="`hearth plan`: higher is placed first.")
+    priority: int = Field(default=0, description="Higher: placed and woken first, put to sleep last.")
     max_batch: int = Field(default=8, ge=1)
     max_wait_ms: float = Field(default=5.0, ge=0, description="Milliseconds.")
     max_queue: int = Field(default=256, ge=1)

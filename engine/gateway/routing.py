@@ -24,6 +24,7 @@ _WORDS = {
     "warming": "loaded and being warmed up",
     "ready": "without a runner at this moment",
     "asleep": "asleep",
+    "waking": "waking up",
     "draining": "finishing its last requests before it stops",
     "stopped": "stopped",
     "failed": "failed",

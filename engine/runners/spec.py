@@ -8,6 +8,9 @@ The contract (the scheduler relies on it, whatever library is inside):
 - ``GET /metrics`` is Prometheus text;
 - accepts ``spec.model`` and each of ``spec.aliases`` as the request's ``model``, since the gateway
   forwards bodies untouched;
+- where ``spec.can_sleep``: ``POST /sleep?level=1`` gives the device memory back (200; 409 while a request
+  is in hand, which changes nothing), ``POST /wake_up`` takes it again, ``GET /is_sleeping`` is
+  ``{"is_sleeping": bool}``; asleep, ``GET /health`` stays 200 and a request is answered 503 `model_asleep`;
 - SIGTERM: finish what is running (at most ``spec.drain_s`` seconds), then exit 0;
 - starts no process outside its own process group.
 """
@@ -60,6 +63,7 @@ class RunnerSpec(BaseModel):
         default=256, ge=1, description="Most requests that wait; one more is answered 429."
     )
     drain_s: float = Field(default=30.0, ge=0, description="Longest drain after SIGTERM, seconds.")
+    can_sleep: bool = Field(default=False, description="Whether it is put to sleep and woken (tier standby).")
     options: dict[str, Any] = Field(
         default_factory=dict, description="Options of this engine (catalog 'options')."
     )

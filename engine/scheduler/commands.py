@@ -161,7 +161,7 @@ class Commands:
 
     def _gateway_settings(self) -> dict[str, Any]:
         config = self._config.model_dump(
-            mode="json", exclude={"api_key", "models", "profile", "scheduler", "weights"}
+            mode="json", exclude={"api_key", "models", "profile", "scheduler", "scaling", "tiers", "weights"}
         )
         # Relative to our working folder; the gateway's is another.
         config["state_dir"] = str(self._config.state_dir.expanduser().resolve())

@@ -19,6 +19,7 @@ _ORDER: tuple[ReplicaState, ...] = (
     "starting",
     "warming",
     "asleep",
+    "waking",
     "ready",
 )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from engine.config import Config, ModelConfig
 from engine.errors import nearest
@@ -35,6 +35,18 @@ class Entries(Protocol):
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How a model keeps its place in memory: the same for all its replicas, and no reason to restart one."""
+
+    tier: Literal["resident", "standby"] = "resident"
+    #: Once awake, never put to sleep for another model.
+    pinned: bool = False
+    priority: int = 0
+    min_replicas: int = 1
+    max_replicas: int = 1
+
+
+@dataclass(frozen=True)
 class RunnerPlan:
     """One replica: what it serves, where it stands, what its process is told."""
 
@@ -45,6 +57,19 @@ class RunnerPlan:
     #: Complete but for ``model_dir``, which is known once the weights are prepared.
     spec: RunnerSpec
     fingerprint: str
+    standing: Standing = field(default=Standing(), compare=False)
+    #: What it holds of each of its devices while awake, loading or on its way out, bytes.
+    awake_bytes: int = 0
+    #: What it still holds of each of its devices while asleep, bytes.
+    asleep_bytes: int = 0
+    #: Host memory of its weights while asleep, bytes; 0 on a CPU, where they are mapped again from disk.
+    host_bytes: int = 0
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Its devices by name: ('cuda:0', 'cuda:1') for 'cuda:0,1'; ranks on a CPU share 'cpu:0'."""
+        kind, _, numbers = self.device.partition(":")
+        return ("cpu:0",) if kind == "cpu" else tuple(f"{kind}:{number}" for number in numbers.split(","))
 
     @property
     def model(self) -> str:
@@ -173,6 +198,7 @@ def _runner(
         preparation=f"prepare-{entry.weights_key or entry.id}",
         spec=spec,
         fingerprint=fingerprint(spec.model_dump(mode="json"), weights),
+        awake_bytes=budget,
     )
 
 
