@@ -131,6 +131,11 @@ class TiersConfig(_Section):
         ge=0,
         description="Time that a woken model stays at least before it may make room for another, seconds.",
     )
+    cpu_memory_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Memory that runners on the CPU may take together, bytes; 0 = the host's less 1 GiB.",
+    )
     host_memory_bytes: int = Field(
         default=0,
         ge=0,
@@ -144,7 +149,7 @@ class ScalingConfig(_Section):
     target_in_flight: float = Field(
         default=0.8,
         gt=0,
-        description="Requests in hand per replica, as a share of `max_batch`, above which one more is wanted.",
+        description="Requests in hand per replica, as a share of `max_batch`, above which one more is due.",
     )
     queue_wait_s: float = Field(
         default=1.0,
