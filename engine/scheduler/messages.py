@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from engine.routes import ReplicaState
-from engine.scheduler.units import ProcessRef, Progress
+from engine.scheduler.units import ModelUsage, ProcessRef, Progress, ReplicaUsage
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,48 @@ class Sweep:
     at_once: bool
 
 
-Action = Launch | Check | WarmUp | Terminate | Sweep
+@dataclass(frozen=True)
+class Withdraw:
+    """Take a ready replica out of the route table, to make room for the unit ``room_for``. No effect."""
+
+    unit: str
+    room_for: str
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Put a withdrawn replica back into the route table. No effect.
+
+    ``asked`` = its own model is asked for again; ``busy`` = it was in use after all.
+    """
+
+    unit: str
+    asked: bool = False
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Put a withdrawn replica to sleep; answered by :class:`Slept` or :class:`SleepFailed`."""
+
+    unit: str
+
+
+@dataclass(frozen=True)
+class Wake:
+    """Wake a sleeper and send it a real request; answered by :class:`Woken` or :class:`WakeFailed`."""
+
+    unit: str
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Ask one taken over half-way whether it sleeps, and make it wholly so: answered as Sleep or Wake are."""
+
+    unit: str
+
+
+Action = Launch | Check | WarmUp | Terminate | Sweep | Withdraw | Restore | Sleep | Wake | Settle
 
 
 @dataclass(frozen=True)
@@ -121,6 +163,63 @@ class WarmFailed:
 
 
 @dataclass(frozen=True)
+class Slept:
+    unit: str
+    process: ProcessRef
+
+
+@dataclass(frozen=True)
+class SleepFailed:
+    """``busy``: it has a request in hand and goes on as before."""
+
+    unit: str
+    process: ProcessRef
+    reason: str
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class Woken:
+    """It is awake and has answered a real request."""
+
+    unit: str
+    process: ProcessRef
+
+
+@dataclass(frozen=True)
+class WakeFailed:
+    unit: str
+    process: ProcessRef
+    reason: str
+
+
+@dataclass(frozen=True)
+class WakeAsked:
+    """A held connection asks for a model; it does until :class:`WakeLeft`."""
+
+    model: str
+    waiter: int
+
+
+@dataclass(frozen=True)
+class WakeLeft:
+    """The held connection has ended, answered or not."""
+
+    model: str
+    waiter: int
+
+
+@dataclass(frozen=True)
+class UsageReported:
+    """A gateway worker says which route table it uses and what it has in hand."""
+
+    worker: int
+    version: int
+    replicas: Mapping[str, ReplicaUsage]
+    models: Mapping[str, ModelUsage]
+
+
+@dataclass(frozen=True)
 class Progressed:
     unit: str
     progress: Progress
@@ -150,6 +249,13 @@ Event = (
     | Missed
     | Warmed
     | WarmFailed
+    | Slept
+    | SleepFailed
+    | Woken
+    | WakeFailed
+    | WakeAsked
+    | WakeLeft
+    | UsageReported
     | Progressed
     | Measured
     | StopAsked

@@ -10,9 +10,13 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from engine.scheduler.units import ProcessRef, UnitKind, World
+from engine.scheduler.units import Placed, ProcessRef, Unit, UnitKind, World
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+#: 'moving' = falling asleep or waking.
+RecordState = Literal["starting", "ready", "asleep", "moving", "ending"]
 
 
 class UnitRecord(BaseModel):
@@ -26,7 +30,8 @@ class UnitRecord(BaseModel):
     token: str
     fingerprint: str = Field(description="Of the plan that it was started with.")
     device: str = ""
-    state: Literal["starting", "ready", "ending"]
+    state: RecordState
+    placed: Placed | None = Field(default=None, description="Memory that it was started with, by device.")
 
     @property
     def process(self) -> ProcessRef:
@@ -44,6 +49,7 @@ class StateFile(BaseModel):
     port: int = 0
     units: list[UnitRecord] = []
     durations: dict[str, float] = Field(default={}, description="Seconds from start to ready, by model.")
+    wakes: dict[str, float] = Field(default={}, description="Seconds from asleep to ready, by model.")
 
 
 def boot_id() -> str:
@@ -60,9 +66,6 @@ def record(world: World, *, scheduler_pid: int, host: str, port: int) -> StateFi
     for unit in world.units.values():
         if unit.process is None:
             continue
-        state: Literal["starting", "ready", "ending"] = (
-            "ending" if unit.ending else "ready" if unit.state == "ready" else "starting"
-        )
         ref = unit.process
         units.append(
             UnitRecord(
@@ -73,7 +76,8 @@ def record(world: World, *, scheduler_pid: int, host: str, port: int) -> StateFi
                 token=ref.token,
                 fingerprint=unit.running,
                 device=unit.device,
-                state=state,
+                state=_state(unit),
+                placed=unit.placed,
             )
         )
     return StateFile(
@@ -83,20 +87,32 @@ def record(world: World, *, scheduler_pid: int, host: str, port: int) -> StateFi
         port=port,
         units=units,
         durations={model: round(seconds, 1) for model, seconds in world.durations.items()},
+        wakes={model: round(seconds, 2) for model, seconds in world.wakes.items()},
     )
+
+
+def _state(unit: Unit) -> RecordState:
+    if unit.ending:
+        return "ending"
+    if unit.moving or unit.unsettled:
+        return "moving"
+    if unit.state == "asleep":
+        return "asleep"
+    # One that only left the table is as ready as before.
+    return "ready" if unit.state == "ready" or unit.withdrawal else "starting"
 
 
 def load(file: Path) -> StateFile:
     """What the last scheduler left; an empty state when there is none or it cannot be read.
 
-    After a boot of the machine only the durations are left of it.
+    After a boot of the machine only the durations and wakes are left of it.
     """
     try:
         found = StateFile.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return StateFile(boot_id=boot_id())
     if found.boot_id != boot_id():
-        return StateFile(boot_id=boot_id(), durations=found.durations)
+        return StateFile(boot_id=boot_id(), durations=found.durations, wakes=found.wakes)
     return found
 
 

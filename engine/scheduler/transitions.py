@@ -17,16 +17,40 @@ from engine.scheduler.messages import (
     Measured,
     Missed,
     Progressed,
+    Restore,
+    Settle,
+    Sleep,
+    SleepFailed,
+    Slept,
     StopAsked,
     Sweep,
     Terminate,
+    UsageReported,
+    Wake,
+    WakeAsked,
+    WakeFailed,
+    WakeLeft,
     Warmed,
     WarmFailed,
     WarmUp,
+    Withdraw,
+    Woken,
 )
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.statefile import UnitRecord
-from engine.scheduler.units import Ending, GatewayPlan, Stop, Unit, UnitKind, UnitPlan, World
+from engine.scheduler.units import (
+    Demand,
+    Ending,
+    GatewayPlan,
+    Placed,
+    Stop,
+    Unit,
+    UnitKind,
+    UnitPlan,
+    Usage,
+    Withdrawal,
+    World,
+)
 
 #: A preparation may download anew each time, so it waits this many times as long between tries.
 PREPARATION_PATIENCE = 5
@@ -41,8 +65,9 @@ def _kind_of(plan: UnitPlan) -> UnitKind:
 def begin(world: World, plans: Iterable[UnitPlan], left: Iterable[UnitRecord], now: float) -> None:
     """Fills an empty world with what is wanted and with what an earlier scheduler left alive.
 
-    A living process whose plan is unchanged is adopted as it is: one that was ready stays ready, and its next
-    health check will tell. One that is not wanted, or was started otherwise, is there to be ended.
+    A living process whose plan is unchanged is adopted as it is: one that was ready stays ready, a sleeper
+    asleep, and its next health check will tell; one that was falling asleep or waking is asked which. One
+    that is not wanted, or was started otherwise, is there to be ended.
     """
     for plan in plans:
         world.units[plan.id] = Unit(plan.id, _kind_of(plan), plan, since=now)
@@ -57,11 +82,36 @@ def begin(world: World, plans: Iterable[UnitPlan], left: Iterable[UnitRecord], n
         unit.check_due = now
         unit.launches = 1
         unit.adopted = True
-        unit.become("ready" if record.state == "ready" else "starting", now)
+        _adopt_state(unit, record, now)
         if record.state == "ending" or record.kind == "preparation":
             # A preparation is begun anew: what it printed is lost.
             unit.fault = "left over from an earlier scheduler"
             unit.running = unit.plan.fingerprint if unit.plan else ""
+
+
+def _adopt_state(unit: Unit, record: UnitRecord, now: float) -> None:
+    if record.kind == "runner":
+        unit.placed = record.placed or _placed(unit.plan) or Placed(())
+        unit.awake = record.state != "asleep"
+    match record.state:
+        case "ready":
+            unit.become("ready", now)
+            unit.awake_since = now
+            # What is ready was warmed.
+            unit.warming_asked = True
+        case "asleep":
+            unit.become("asleep", now)
+        case "moving":
+            unit.become("waking", now)
+            unit.unsettled = True
+        case _:
+            unit.become("starting", now)
+
+
+def _placed(plan: UnitPlan | None) -> Placed | None:
+    if not isinstance(plan, RunnerPlan):
+        return None
+    return Placed(plan.devices, plan.awake_bytes, plan.asleep_bytes, plan.host_bytes)
 
 
 def commit(world: World, action: Action, now: float) -> None:
@@ -83,6 +133,9 @@ def commit(world: World, action: Action, now: float) -> None:
             unit.progress = None
             unit.memory_bytes = None
             unit.running = unit.plan.fingerprint if unit.plan else ""
+            unit.placed = _placed(unit.plan)
+            unit.awake = unit.kind == "runner"
+            _end_moves(unit)
         case Check():
             unit.checking = True
         case WarmUp():
@@ -92,16 +145,58 @@ def commit(world: World, action: Action, now: float) -> None:
                 _count_failure(world, unit, now)
             unit.become(action.state, now, action.reason)
             unit.ending = Ending(deadline=now + action.grace_s, then=action.then)
+            _end_moves(unit)
         case Sweep():
             if unit.ending:
                 unit.ending.swept = True
+        case Withdraw():
+            unit.withdrawal = Withdrawal(now, action.room_for, world.published)
+            unit.become("draining", now, f"making room for {_name(world, action.room_for)}")
+        case Restore():
+            unit.withdrawal = None
+            unit.become("ready", now)
+            unit.check_due = now
+            if action.asked:
+                unit.awake_since = now
+            if action.busy:
+                unit.spared_until = now + world.policy.spare_s
+        case Sleep():
+            unit.moving = True
+        case Wake():
+            unit.moving = True
+            unit.awake = True
+            unit.become("waking", now)
+        case Settle():
+            unit.moving = True
+
+
+def _name(world: World, unit: str) -> str:
+    known = world.units.get(unit)
+    return known.model if known and known.model else unit
+
+
+def _end_moves(unit: Unit) -> None:
+    unit.withdrawal = None
+    unit.moving = False
+    unit.unsettled = False
+    unit.spared_until = 0.0
 
 
 def apply(world: World, event: Event, now: float) -> None:
     """Takes an event into account; one about a process that is no longer the unit's is ignored."""
-    if isinstance(event, StopAsked):
-        _stop(world, event, now)
-        return
+    match event:
+        case StopAsked():
+            _stop(world, event, now)
+            return
+        case WakeAsked():
+            world.demands.setdefault(event.model, Demand()).waiters[event.waiter] = now
+            return
+        case WakeLeft():
+            _leave(world, event)
+            return
+        case UsageReported():
+            world.usage[event.worker] = Usage(event.version, event.replicas, event.models, now)
+            return
     unit = world.units.get(event.unit)
     if unit is None:
         return
@@ -123,7 +218,17 @@ def apply(world: World, event: Event, now: float) -> None:
 def _apply_to_process(
     world: World,
     unit: Unit,
-    event: Exited | Gone | Healthy | Missed | Warmed | WarmFailed | Measured,
+    event: Exited
+    | Gone
+    | Healthy
+    | Missed
+    | Warmed
+    | WarmFailed
+    | Slept
+    | SleepFailed
+    | Woken
+    | WakeFailed
+    | Measured,
     now: float,
 ) -> None:
     policy = world.policy
@@ -140,7 +245,7 @@ def _apply_to_process(
                 unit.become("warming" if unit.kind == "runner" else "ready", now)
         case Missed():
             unit.checking = False
-            if unit.state != "ready":
+            if unit.state == "starting":
                 unit.check_due = now + policy.start_check_s
                 return
             unit.check_due = now + policy.health_interval_s
@@ -152,15 +257,61 @@ def _apply_to_process(
                 unit.fault = f"no answer to {unit.missed} health checks in a row ({event.reason})"
         case Warmed():
             if unit.state == "warming" and not unit.ending:
-                unit.become("ready", now)
-                unit.check_due = now + policy.health_interval_s
-                if isinstance(unit.plan, RunnerPlan) and not unit.adopted:
-                    world.durations[unit.plan.entry.id] = now - unit.started_at
+                _warmed(world, unit, now)
         case WarmFailed():
             if unit.state == "warming" and not unit.ending:
                 unit.fault = event.reason
+        case Slept() | SleepFailed() | Woken() | WakeFailed():
+            if unit.moving and not unit.ending:
+                _moved(world, unit, event, now)
         case Measured():
             unit.memory_bytes = event.memory_bytes
+
+
+def _warmed(world: World, unit: Unit, now: float) -> None:
+    if unit.model and not unit.adopted:
+        world.durations[unit.model] = now - unit.started_at
+    unit.check_due = now + world.policy.health_interval_s
+    if unit.standby and unit.model not in world.demands:
+        # It never was in the route table, so there is nobody to wait for.
+        unit.withdrawal = Withdrawal(now)
+        unit.become("draining", now, "loaded; falling asleep until it is asked for")
+        return
+    unit.become("ready", now)
+    unit.awake_since = now
+
+
+def _moved(world: World, unit: Unit, event: Slept | SleepFailed | Woken | WakeFailed, now: float) -> None:
+    """The end of falling asleep or waking; one that was neither in time must start again."""
+    known = not unit.unsettled
+    unit.moving = False
+    unit.unsettled = False
+    unit.check_due = now + world.policy.health_interval_s
+    match event:
+        case Slept():
+            unit.withdrawal = None
+            unit.awake = False
+            unit.become("asleep", now)
+        case Woken():
+            if known and unit.model:
+                world.wakes[unit.model] = now - unit.since
+            unit.withdrawal = None
+            unit.become("ready", now)
+            unit.awake_since = now
+        case SleepFailed() if event.busy:
+            unit.withdrawal = None
+            unit.become("ready", now)
+            unit.spared_until = now + world.policy.spare_s
+        case SleepFailed() | WakeFailed():
+            unit.fault = event.reason
+
+
+def _leave(world: World, event: WakeLeft) -> None:
+    demand = world.demands.get(event.model)
+    if demand:
+        demand.waiters.pop(event.waiter, None)
+        if not demand.waiters:
+            del world.demands[event.model]
 
 
 def _exited(world: World, unit: Unit, event: Exited, now: float) -> None:
@@ -180,6 +331,7 @@ def _exited(world: World, unit: Unit, event: Exited, now: float) -> None:
         unit.ending = Ending(deadline=now, then="stopped", exited=True)
         return
     _count_failure(world, unit, now)
+    _end_moves(unit)
     unit.become("failed", now, event.reason)
     unit.ending = Ending(deadline=now, then="backoff", exited=True)
 
@@ -190,6 +342,9 @@ def _gone(world: World, unit: Unit, now: float) -> None:
     unit.ending = None
     unit.checking = False
     unit.memory_bytes = None
+    unit.placed = None
+    unit.awake = False
+    _end_moves(unit)
     if unit.plan is None:
         del world.units[unit.id]
     elif world.stop:
@@ -205,7 +360,7 @@ def _gone(world: World, unit: Unit, now: float) -> None:
 def _count_failure(world: World, unit: Unit, now: float) -> None:
     """Doubles the wait; a unit that had been ready for a good while begins again with the shortest."""
     policy = world.policy
-    if unit.state == "ready" and now - unit.since >= policy.backoff_max_s:
+    if unit.state in ("ready", "asleep") and now - unit.since >= policy.backoff_max_s:
         unit.failures = 0
     unit.failures += 1
     doublings = min(unit.failures - 1, 30)

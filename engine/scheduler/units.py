@@ -7,7 +7,7 @@ preparation of a model's weights. The run loop of :mod:`engine.scheduler.supervi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -69,6 +69,28 @@ class Ending:
     exited: bool = False
 
 
+@dataclass(frozen=True)
+class Placed:
+    """What a living runner holds of each of its devices, by the plan that it was started with; bytes."""
+
+    devices: tuple[str, ...]
+    awake_bytes: int = 0
+    asleep_bytes: int = 0
+    #: Host memory of its weights while asleep.
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """A ready replica has left the route table, to be put to sleep once nobody uses it any more."""
+
+    since: float
+    #: The unit that needs the room; '' = nobody: it falls asleep since nobody asked for it.
+    room_for: str = ""
+    #: The route table's version at that moment: only a later one is without the replica.
+    version: int = 0
+
+
 @dataclass
 class Progress:
     """How far a preparation has come; ``total`` None = unknown."""
@@ -114,6 +136,19 @@ class Unit:
     #: Device of a unit that no plan places any more.
     left_on: str = ""
     memory_bytes: int | None = None
+    #: A runner's memory, for as long as its process lives.
+    placed: Placed | None = None
+    #: Whether it holds its memory as one awake does: from its launch or its wake on until it is asleep.
+    awake: bool = False
+    #: When it was ready last for a request that asked for it.
+    awake_since: float = 0.0
+    withdrawal: Withdrawal | None = None
+    #: A call that puts it to sleep or wakes it is under way.
+    moving: bool = False
+    #: Taken over in the midst of falling asleep or waking: it must be asked which.
+    unsettled: bool = False
+    #: Not to be put to sleep before: it turned out busy.
+    spared_until: float = 0.0
     progress: Progress | None = None
     #: A preparation's outcome: the folder that the engine loads.
     result: Path | None = None
@@ -127,6 +162,30 @@ class Unit:
     def starting(self) -> bool:
         """Whether its process is loading now, so that it takes one of its device's start places."""
         return self.state == "starting" and self.ending is None
+
+    @property
+    def standby(self) -> bool:
+        return isinstance(self.plan, RunnerPlan) and self.plan.standing.tier == "standby"
+
+    @property
+    def pinned(self) -> bool:
+        return isinstance(self.plan, RunnerPlan) and self.plan.standing.pinned
+
+    @property
+    def priority(self) -> int:
+        return self.plan.standing.priority if isinstance(self.plan, RunnerPlan) else 0
+
+    @property
+    def model(self) -> str:
+        """Serving name of a wanted runner's model; '' for any other unit."""
+        return self.plan.model if isinstance(self.plan, RunnerPlan) else ""
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that its process stands on, or will stand on."""
+        if self.placed:
+            return self.placed.devices
+        return self.plan.devices if isinstance(self.plan, RunnerPlan) else ()
 
     @property
     def restarts(self) -> int:
@@ -166,6 +225,17 @@ class Policy:
     concurrent_starts: int = 4
     #: Between two looks at a process that loads.
     start_check_s: float = 0.5
+    #: The numbers of ``[tiers]``.
+    wake_wait_s: float = 60.0
+    most_waiting: int = 256
+    wake_timeout_s: float = 120.0
+    min_residence_s: float = 20.0
+    #: A gateway worker that has not said within this that it took a route table is taken to be busy.
+    acknowledge_s: float = 5.0
+    #: Longest that a replica which left the table waits for its last requests before it goes back.
+    quiet_s: float = 1.0
+    #: One that turned out busy is left alone for so long.
+    spare_s: float = 1.0
 
 
 @dataclass
@@ -178,6 +248,46 @@ class Stop:
 
 
 @dataclass
+class Demand:
+    """Requests that wait for a model: each held connection of a gateway worker, with the time it began."""
+
+    waiters: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def since(self) -> float:
+        return min(self.waiters.values())
+
+
+@dataclass(frozen=True)
+class ReplicaUsage:
+    """What one gateway worker has at a replica."""
+
+    in_flight: int = 0
+    #: Since a request last began or ended there, at the time of the report, seconds.
+    idle_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelUsage:
+    """What one gateway worker has for a model."""
+
+    waiting: int = 0
+    #: Mean wait for the first byte lately, seconds; None = nothing was sent.
+    first_byte_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one gateway worker last said of itself."""
+
+    #: The route table that it has in use.
+    version: int
+    replicas: Mapping[str, ReplicaUsage]
+    models: Mapping[str, ModelUsage]
+    at: float
+
+
+@dataclass
 class World:
     """Everything that the run loop knows."""
 
@@ -186,6 +296,18 @@ class World:
     stop: Stop | None = None
     #: Seconds from start to ready that each model took last time, by model id.
     durations: dict[str, float] = field(default_factory=dict)
+    #: Seconds that each standby model took to wake last time, by model id.
+    wakes: dict[str, float] = field(default_factory=dict)
+    #: Memory for runners of each device, bytes; a device that is not named is unbounded.
+    room: Mapping[str, int] = field(default_factory=dict)
+    #: Host memory for the weights of sleepers, bytes; None = unbounded.
+    host_room: int | None = None
+    #: Models with requests that wait for them, by model id.
+    demands: dict[str, Demand] = field(default_factory=dict)
+    #: Reports of gateway workers, by process number.
+    usage: dict[int, Usage] = field(default_factory=dict)
+    #: Version of the route table that was published last.
+    published: int = 0
 
     def of_kind(self, kind: UnitKind) -> Iterator[Unit]:
         return (unit for unit in self.units.values() if unit.kind == kind)
