@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-from engine.config import Config, ModelConfig
-from engine.errors import nearest
+from engine.config import Config
 from engine.runners.spec import RunnerSpec
-from engine.scheduler.devices import Device
-from models.catalog import merge_options
-from models.entry import LocalSource, ModelEntry
-from models.profile import Profile, ProfileModel
+from engine.scheduler.devices import CPU, Device
+from engine.scheduler.places import Place, place_on_cpu
+from engine.scheduler.rooms import host_room, rooms
+from engine.scheduler.wishes import Entries, PlanError, Standing, Wish, gib, wishes_of
+from models.entry import ModelEntry
+from models.profile import Profile
+
+__all__ = ["Entries", "PlanError", "RunnerPlan", "Standing", "gib", "host_room", "make_plan", "rooms"]
 
 #: A Unix socket's path may have this many bytes (``sun_path`` less its closing zero).
 SOCKET_PATH_BYTES = 107
-#: Host memory that is nobody's budget: the system, the gateways, the scheduler.
-HOST_RESERVE_BYTES = 1 << 30
-
-
-class PlanError(Exception):
-    """The models cannot be placed; the message names the thing, the reason and the next step."""
-
-
-class Entries(Protocol):
-    """The catalog, as far as planning needs it."""
-
-    @property
-    def entries(self) -> Mapping[str, ModelEntry]: ...
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How a model keeps its place in memory: the same for all its replicas, and no reason to restart one."""
-
-    tier: Literal["resident", "standby"] = "resident"
-    #: Once awake, never put to sleep for another model.
-    pinned: bool = False
-    priority: int = 0
-    min_replicas: int = 1
-    max_replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,99 +57,42 @@ class RunnerPlan:
 def make_plan(
     config: Config, profile: Profile, catalog: Entries, devices: Sequence[Device]
 ) -> list[RunnerPlan]:
-    """Places every replica of the profile, as the configuration changes it.
+    """Places the fewest replicas of every model of the profile, as the configuration changes it.
 
-    A profile made for GPUs places on GPUs, each replica on the first that has room for its budget; one made
-    for none places all on ``cpu:0``.
+    A profile made for GPUs is placed on them by ``engine.planner``; one made for none stands on ``cpu:0``.
 
     Raises:
-        PlanError: a model is unknown, or the memory budgets do not fit.
+        PlanError: a model is unknown, or the models do not fit.
     """
+    wishes = wishes_of(config, profile, catalog)
     on_gpu = profile.needs.gpus > 0
-    places = [device for device in devices if device.is_gpu == on_gpu]
-    if not places:
+    if not any(device.is_gpu == on_gpu for device in devices):
         raise PlanError(
             f"profile '{profile.name}' needs {profile.needs.gpus} GPU(s) and this machine shows none. "
             "Check `nvidia-smi`, or take the CPU profile: HEARTH_PROFILE=tiny."
         )
-    room = {d.name: max(0, d.memory_bytes - (0 if d.is_gpu else HOST_RESERVE_BYTES)) for d in places}
-    total = dict(room)
-    standing: dict[str, list[str]] = {name: [] for name in room}
-    plans: list[RunnerPlan] = []
-    for wish, entry, own in _wishes(config, profile, catalog):
-        budget = _first(own.memory_bytes, wish.memory_bytes, entry.memory_bytes)
-        for number in range(_first(own.replicas, wish.replicas)):
+    if on_gpu:
+        places = _first_fit(wishes, {d.name: d.memory_bytes for d in devices if d.is_gpu})
+    else:
+        places = place_on_cpu(wishes, rooms(config, devices)[CPU])
+    return [_runner(config, place) for place in places]
+
+
+def _first_fit(wishes: Sequence[Wish], room: dict[str, int]) -> list[Place]:
+    places = []
+    for wish in wishes:
+        budget = wish.entry.memory_bytes if wish.budget is None else wish.budget
+        for number in range(wish.standing.min_replicas):
             device = next((name for name, free in room.items() if budget <= free), None)
             if device is None:
-                raise _does_not_fit(entry.id, budget, room, total, standing)
+                raise PlanError(f"{wish.id} needs {gib(budget)}; no GPU has as much left.")
             room[device] -= budget
-            standing[device].append(entry.id)
-            plans.append(_runner(config, entry, wish, own, device, budget, number))
-    if not plans:
-        raise PlanError(
-            f"profile '{profile.name}' has no model left to serve: each is disabled in [models]. Enable one."
-        )
-    return plans
+            places.append(Place(wish, number, device, budget))
+    return places
 
 
-def _wishes(
-    config: Config, profile: Profile, catalog: Entries
-) -> list[tuple[ProfileModel, ModelEntry, ModelConfig]]:
-    """The profile's models and those that the configuration adds, each with its catalog entry."""
-    known = catalog.entries
-    listed = [*profile.models]
-    ids = {wish.id for wish in listed}
-    listed += [ProfileModel(id=name) for name in config.models if name not in ids]
-    wishes = []
-    for wish in listed:
-        own = config.models.get(wish.id) or ModelConfig()
-        entry = known.get(wish.id)
-        if entry is None:
-            close = nearest(wish.id, known)
-            hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(sorted(known))}."
-            raise PlanError(f"model '{wish.id}' is not in the catalog (models/catalog/). {hint}")
-        if own.enabled:
-            wishes.append((wish, entry, own))
-    return wishes
-
-
-def _first(*values: Any) -> int:
-    return next(int(value) for value in values if value is not None)
-
-
-def _does_not_fit(
-    model: str,
-    budget: int,
-    room: Mapping[str, int],
-    total: Mapping[str, int],
-    standing: Mapping[str, Sequence[str]],
-) -> PlanError:
-    device = max(room, key=lambda name: room[name])
-    after = f" after {', '.join(standing[device])}" if standing[device] else ""
-    return PlanError(
-        f"{model} needs {gib(budget)}; {device} has {gib(room[device])} of {gib(total[device])} left{after}. "
-        f"Lower `memory_bytes`, leave a model out (`[models.{model}] enabled = false`), "
-        "or take a smaller profile."
-    )
-
-
-def _runner(
-    config: Config,
-    entry: ModelEntry,
-    wish: ProfileModel,
-    own: ModelConfig,
-    device: str,
-    budget: int,
-    number: int,
-) -> RunnerPlan:
-    if own.path is not None:
-        # Weights of one's own are prepared apart from those that other entries share under the same key.
-        local = LocalSource(kind="local", path=str(own.path.expanduser().resolve()))
-        entry = entry.model_copy(
-            update={"sources": [local, *entry.sources], "weights_key": f"{entry.id}-local"}
-        )
-    unit = f"{entry.id}-{number}"
-    context = own.context_length or wish.context_length or entry.context_length
+def _runner(config: Config, place: Place) -> RunnerPlan:
+    wish, entry = place.wish, place.wish.entry
     spec = RunnerSpec(
         model=entry.id,
         aliases=entry.aliases,
@@ -179,26 +100,30 @@ def _runner(
         engine=entry.engine,
         capabilities=entry.capabilities,
         model_dir=Path(),
-        socket=socket_path(config.runtime_dir, unit),
-        device=device,
-        threads=_first(own.threads, wish.threads),
-        memory_bytes=budget,
-        context_length=context,
-        max_batch=_first(own.max_batch, wish.max_batch),
-        max_wait_ms=own.max_wait_ms if own.max_wait_ms is not None else wish.max_wait_ms,
-        max_queue=_first(own.max_queue, wish.max_queue),
+        socket=socket_path(config.runtime_dir, place.id),
+        device=place.device,
+        threads=wish.threads,
+        memory_bytes=place.awake_bytes,
+        context_length=wish.context or entry.context_length,
+        max_batch=wish.max_batch,
+        max_wait_ms=wish.max_wait_ms,
+        max_queue=wish.max_queue,
         drain_s=config.scheduler.drain_s,
-        options=merge_options(entry.options, wish.options, own.options),
+        can_sleep=wish.standing.tier == "standby",
+        options=wish.options,
     )
     weights = entry.model_dump(mode="json", include={"sources", "convert", "weights_key"})
     return RunnerPlan(
-        id=unit,
+        id=place.id,
         entry=entry,
-        device=device,
+        device=place.device,
         preparation=f"prepare-{entry.weights_key or entry.id}",
         spec=spec,
         fingerprint=fingerprint(spec.model_dump(mode="json"), weights),
-        awake_bytes=budget,
+        standing=wish.standing,
+        awake_bytes=place.awake_bytes,
+        asleep_bytes=place.asleep_bytes,
+        host_bytes=place.host_bytes,
     )
 
 
@@ -224,8 +149,3 @@ def fingerprint(*parts: Any) -> str:
     """A short hash of JSON-able data; equal data, equal hash."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def gib(size: int) -> str:
-    """Bytes for a person."""
-    return f"{size / 2**30:.1f} GiB"

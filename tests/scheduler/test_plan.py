@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.scheduler.devices import Device, find_devices
-from engine.scheduler.plan import SOCKET_PATH_BYTES, PlanError, make_plan, socket_path
+from engine.scheduler.places import ASLEEP_BYTES
+from engine.scheduler.plan import SOCKET_PATH_BYTES, PlanError, Standing, make_plan, socket_path
 from models.profile import Needs
 
 from .support import GIB, HOST, catalog, config, entry, profile
@@ -100,3 +101,77 @@ def test_long_names_get_short_sockets_and_too_long_folders_an_error() -> None:
 def test_this_machine_has_a_host_with_memory() -> None:
     host = find_devices()[0]
     assert host.name == "cpu:0" and not host.is_gpu and host.memory_bytes > GIB // 2
+
+
+def test_standby_replicas_share_what_residents_leave(tmp_path: Path) -> None:
+    image = {"category": "image", "engine": "diffusers", "memory_bytes": 3 * GIB}
+    known = catalog(entry("chat", memory_bytes=2 * GIB), entry("x", **image), entry("y", **image))
+    own = {name: {"tier": "standby", "pinned": True, "priority": 3} for name in ("x", "y")}
+    room = 2 * GIB + 2 * ASLEEP_BYTES["diffusers"] + (3 * GIB - ASLEEP_BYTES["diffusers"])
+    wanted = profile("x", "y", "chat")
+    plans = make_plan(config(tmp_path, models=own), wanted, known, [Device("cpu:0", room + GIB)])
+    assert [plan.id for plan in plans] == ["x-0", "y-0", "chat-0"]
+    assert [(p.awake_bytes, p.asleep_bytes, p.spec.can_sleep) for p in plans] == [
+        (3 * GIB, ASLEEP_BYTES["diffusers"], True),
+        (3 * GIB, ASLEEP_BYTES["diffusers"], True),
+        (2 * GIB, 0, False),
+    ]
+    assert plans[0].standing == Standing(tier="standby", pinned=True, priority=3)
+    with pytest.raises(PlanError, match=r"^y needs 3\.0 GiB awake; cpu:0 has .* left after chat, x\."):
+        make_plan(config(tmp_path, models=own), wanted, known, [Device("cpu:0", room + GIB - 1)])
+    # The configured budget counts instead of the machine's memory.
+    tight = config(tmp_path, models=own, tiers={"cpu_memory_bytes": room - 1})
+    with pytest.raises(PlanError, match="y needs"):
+        make_plan(tight, wanted, known, HOST)
+
+
+def test_a_resident_is_told_that_standby_would_do_only_where_it_is_true(tmp_path: Path) -> None:
+    image = {"category": "image", "engine": "diffusers", "memory_bytes": 3 * GIB}
+    known = catalog(entry("x", **image), entry("y", **image))
+    devices = [Device("cpu:0", 6 * GIB)]
+    with pytest.raises(PlanError, match=r'`\[models\.y\] tier = "standby"` would make it fit; or lower'):
+        make_plan(config(tmp_path, models={"x": {"tier": "standby"}}), profile("x", "y"), known, devices)
+    with pytest.raises(PlanError, match=r"left after x\. Lower `memory_bytes`"):
+        make_plan(config(tmp_path), profile("x", "y"), known, devices)
+
+
+def test_vllm_cannot_be_standby_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"a: vllm has no sleep mode on a CPU.*Make it resident"):
+        make_plan(
+            config(tmp_path, models={"a": {"tier": "standby"}}), profile("a"), catalog(entry("a")), HOST
+        )
+
+
+def test_ranks_of_one_replica_share_the_host(tmp_path: Path) -> None:
+    (plan,) = make_plan(config(tmp_path), profile("a", ranks=2), catalog(entry("a")), HOST)
+    assert (plan.device, plan.spec.device, plan.devices) == ("cpu:0,1", "cpu:0,1", ("cpu:0",))
+    other = catalog(entry("a", engine="faster-whisper", category="audio"))
+    with pytest.raises(PlanError, match="ranks = 2, but faster-whisper runs a replica in one process"):
+        make_plan(config(tmp_path), profile("a", ranks=2), other, HOST)
+
+
+@pytest.mark.parametrize(
+    ("listed", "own", "bounds"),
+    [
+        ({}, {}, (1, 1)),
+        ({"replicas": 2}, {}, (2, 2)),
+        ({"replicas": 2, "max_replicas": 4}, {}, (2, 4)),
+        ({"replicas": 2, "max_replicas": 4}, {"replicas": 3}, (3, 3)),
+        ({"replicas": 2, "max_replicas": 4}, {"max_replicas": 1}, (1, 1)),
+        ({"replicas": 2}, {"min_replicas": 3}, (3, 3)),
+        ({}, {"min_replicas": 1, "max_replicas": 3}, (1, 3)),
+    ],
+)
+def test_the_fewest_replicas_are_started_and_the_most_remembered(
+    tmp_path: Path, listed: dict[str, int], own: dict[str, int], bounds: tuple[int, int]
+) -> None:
+    settings = config(tmp_path, models={"a": own})
+    plans = make_plan(settings, profile("a", **listed), catalog(entry("a")), HOST)
+    assert len(plans) == bounds[0]
+    assert {(p.standing.min_replicas, p.standing.max_replicas) for p in plans} == {bounds}
+
+
+def test_bounds_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    own = {"a": {"min_replicas": 3, "max_replicas": 2}}
+    with pytest.raises(PlanError, match="min_replicas = 3 is more than max_replicas = 2"):
+        make_plan(config(tmp_path, models=own), profile("a"), catalog(entry("a")), HOST)
