@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -87,21 +88,39 @@ def _is_standby(place: Place) -> bool:
 def _does_not_fit(place: Place, booked: Sequence[Place], places: Sequence[Place], room: int) -> PlanError:
     model = place.wish.id
     free = max(0, room - held(*booked))
-    names = ", ".join(dict.fromkeys(other.wish.id for other in booked))
-    after = f" after {names}" if names else ""
-    asleep = ASLEEP_BYTES.get(place.wish.entry.engine)
-    hint = ""
-    if asleep is not None and not _is_standby(place):
-        standing = replace(place.wish.standing, tier="standby")
-        lighter = replace(place, asleep_bytes=asleep, wish=replace(place.wish, standing=standing))
-        if held(*(lighter if other is place else other for other in places)) <= room:
-            hint = f'`[models.{model}] tier = "standby"` would make it fit; or lower '
+    others = ", ".join(dict.fromkeys(other.wish.id for other in booked))
+    after = f" after {others}" if others else ""
+    names = _would_help(place, places, room)
+    tables = " and ".join(f"[models.{name}]" for name in names)
+    hint = f'`tier = "standby"` in {tables} would make it fit; or lower ' if names else ""
     awake = " awake" if _is_standby(place) else ""
     return PlanError(
         f"{model} needs {gib(place.awake_bytes)}{awake}; {CPU} has {gib(free)} of {gib(room)} left{after}. "
         f"{hint or 'Lower '}`memory_bytes`, leave a model out (`[models.{model}] enabled = false`), "
         "or take a smaller profile."
     )
+
+
+def _would_help(place: Place, places: Sequence[Place], room: int) -> list[str]:
+    """The fewest models, this one first, that make everything fit once they are standby; at most two."""
+    residents = dict.fromkeys(
+        other.wish.id
+        for other in (place, *places)
+        if not _is_standby(other) and other.wish.entry.engine in ASLEEP_BYTES
+    )
+    for count in (1, 2):
+        for names in itertools.combinations(residents, count):
+            changed = [_standby(other) if other.wish.id in names else other for other in places]
+            if held(*changed) <= room:
+                return list(names)
+    return []
+
+
+def _standby(place: Place) -> Place:
+    """The same replica, were it standby."""
+    standing = replace(place.wish.standing, tier="standby")
+    asleep = min(place.awake_bytes, ASLEEP_BYTES[place.wish.entry.engine])
+    return replace(place, wish=replace(place.wish, standing=standing), asleep_bytes=asleep)
 
 
 def _refuse_impossible(wish: Wish) -> None:

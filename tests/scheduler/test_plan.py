@@ -129,10 +129,15 @@ def test_a_resident_is_told_that_standby_would_do_only_where_it_is_true(tmp_path
     image = {"category": "image", "engine": "diffusers", "memory_bytes": 3 * GIB}
     known = catalog(entry("x", **image), entry("y", **image))
     devices = [Device("cpu:0", 6 * GIB)]
-    with pytest.raises(PlanError, match=r'`\[models\.y\] tier = "standby"` would make it fit; or lower'):
+    told = r'`tier = "standby"` in {} would make it fit; or lower `memory_bytes`'
+    with pytest.raises(PlanError, match="x needs.*" + told.format(r"\[models\.y\]")):
         make_plan(config(tmp_path, models={"x": {"tier": "standby"}}), profile("x", "y"), known, devices)
-    with pytest.raises(PlanError, match=r"left after x\. Lower `memory_bytes`"):
+    with pytest.raises(PlanError, match="y needs.*" + told.format(r"\[models\.y\] and \[models\.x\]")):
         make_plan(config(tmp_path), profile("x", "y"), known, devices)
+    both = {name: {"tier": "standby"} for name in ("x", "y")}
+    assert len(make_plan(config(tmp_path, models=both), profile("x", "y"), known, devices)) == 2
+    with pytest.raises(PlanError, match=r"left after x\. Lower `memory_bytes`"):
+        make_plan(config(tmp_path), profile("x", "y"), known, [Device("cpu:0", 4 * GIB)])
 
 
 def test_vllm_cannot_be_standby_on_a_cpu(tmp_path: Path) -> None:
