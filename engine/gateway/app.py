@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -20,25 +21,31 @@ from engine.gateway.accesslog import log_request
 from engine.gateway.auth import authenticate
 from engine.gateway.body import check_json_type, json_head, read_body
 from engine.gateway.content import refuse_pictures
+from engine.gateway.control import ControlClient
 from engine.gateway.endpoints import ENDPOINTS, Endpoint, check_category
 from engine.gateway.exchange import CLIENT_GONE, ClientGoneError, Exchange, send_error
 from engine.gateway.fim import fill_in_middle
+from engine.gateway.firstbytes import FirstBytes
 from engine.gateway.forward import Forwarder
 from engine.gateway.guard import WhileClientWaits
 from engine.gateway.images import ImageFetcher
+from engine.gateway.images_body import Endpoint as PicturesOf
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.multipart import is_multipart, multipart_head
 from engine.gateway.pages import make_pages, wrong_method
-from engine.gateway.routing import Directory, Served
+from engine.gateway.routing import Directory
 from engine.gateway.upstream import Upstream
+from engine.gateway.usage import UsageReporter
+from engine.gateway.waking import Waking
 from engine.gateway.watch import RouteWatch
 from engine.metering.keys import KeyRing
+from engine.routes import ModelRoute
 
 log = logging.getLogger("hearth.gateway")
 
 #: Where a request's Exchange is kept in its ASGI scope.
 _EXCHANGE = "hearth.exchange"
-_EXPOSED = ["x-request-id", "openai-processing-ms", "retry-after"]
+_EXPOSED = ["x-request-id", "openai-processing-ms", "retry-after", "retry-after-ms"]
 
 _STOPPING = ApiError(
     503,
@@ -58,7 +65,13 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self._watch = RouteWatch(self.directory, socket=config.control_socket, file=config.routes_file)
         self._pictures = ImageFetcher(config.fetch)
-        self._forwarder = Forwarder(self.directory, self.metrics)
+        self._control = ControlClient(config.control_socket)
+        self._waking = Waking(self.directory, self.metrics, self._control, worker=os.getpid())
+        first_bytes = FirstBytes()
+        self._usage = UsageReporter(
+            self.directory, self._waking, first_bytes, self._control, worker=os.getpid()
+        )
+        self._forwarder = Forwarder(self.directory, self.metrics, self._waking, first_bytes)
         self._pages = make_pages(self.directory, self.metrics)
         self._entry: ASGIApp = self._answer
         if config.gateway.cors_origins:
@@ -73,10 +86,15 @@ class Gateway:
     async def start(self) -> None:
         """Reads the routes and begins to follow them."""
         await self._pictures.start()
+        await self._control.start()
+        await self._usage.start()
         await self._watch.start()
 
     async def close(self) -> None:
         await self._watch.close()
+        await self._usage.close()
+        await self._waking.close()
+        await self._control.close()
         await self._pictures.close()
         await self.directory.close()
 
@@ -166,27 +184,43 @@ class Gateway:
         served = self.directory.find(head.model)
         exchange.model = served.route.id
         check_category(endpoint, served.route)
+        pictures = None
+        if not as_form:
+            body = _rewritten(body, endpoint, served.route)
+            pictures = _pictures_of(endpoint, served.route)
         async with WhileClientWaits(receive, exchange):
-            if not as_form:
-                body = await self._prepare(body, endpoint, served)
-            with self.metrics.in_flight(served.route.id).track_inprogress():
-                await self._forwarder.forward(exchange, send, served, endpoint.path, body)
-
-    async def _prepare(self, body: bytes, endpoint: Endpoint, served: Served) -> bytes:
-        """The body to forward: nearly always the very bytes that came."""
-        category = served.route.category
-        if endpoint.path == "/v1/completions":
-            return fill_in_middle(body, served.route)
-        if endpoint.path in ("/v1/detections", "/v1/detection"):
-            return await self._pictures.settle(body, "detections")
-        if endpoint.path == "/v1/chat/completions":
-            if category in ("vision", "detection") or "vision" in served.route.capabilities:
-                return await self._pictures.settle(body, "chat")
-            refuse_pictures(body, served.route)
-        return body
+            if pictures is not None:
+                # Before they are fetched: a request that has to wait for its model does so without them.
+                await self._waking.until_ready(exchange, served.route.id)
+                body = await self._pictures.settle(body, pictures)
+            await self._forwarder.forward(exchange, send, served.route.id, endpoint.path, body)
 
     def _make_upstream(self, id: str, address: str) -> Upstream:
         return Upstream(id, address, connect_timeout_s=self._config.gateway.connect_timeout_s)
+
+
+def _rewritten(body: bytes, endpoint: Endpoint, route: ModelRoute) -> bytes:
+    """The body to forward, but for its pictures: nearly always the very bytes that came.
+
+    Raises:
+        ApiError: 400 for what the model cannot take.
+    """
+    if endpoint.path == "/v1/completions":
+        return fill_in_middle(body, route)
+    if endpoint.path == "/v1/chat/completions" and _pictures_of(endpoint, route) is None:
+        refuse_pictures(body, route)
+    return body
+
+
+def _pictures_of(endpoint: Endpoint, route: ModelRoute) -> PicturesOf | None:
+    """Which kind of body may hold pictures here; None = none does."""
+    if endpoint.path in ("/v1/detections", "/v1/detection"):
+        return "detections"
+    if endpoint.path == "/v1/chat/completions" and (
+        route.category in ("vision", "detection") or "vision" in route.capabilities
+    ):
+        return "chat"
+    return None
 
 
 def _timed_out(exchange: Exchange, limit_s: float) -> ApiError:

@@ -44,6 +44,7 @@ class Exchange:
         "started",
         "status",
         "upstream_id",
+        "waited_s",
     )
 
     def __init__(self, scope: Scope, send: Send) -> None:
@@ -65,6 +66,8 @@ class Exchange:
         self.bytes_in = 0
         self.bytes_out = 0
         self.first_byte_s: float | None = None
+        #: How long it has waited for its model to wake, seconds.
+        self.waited_s = 0.0
         self.complete = False
         #: Whether the answer that has begun is a stream of server-sent events.
         self.is_events = False

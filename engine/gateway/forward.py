@@ -7,10 +7,13 @@ import logging
 from engine.errors import ApiError
 from engine.gateway.events import EventBuffer
 from engine.gateway.exchange import Exchange, Send, send_error
+from engine.gateway.firstbytes import FirstBytes
+from engine.gateway.loading import not_ready
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.normalise import normalised
-from engine.gateway.routing import Directory, Served, not_ready
+from engine.gateway.routing import Directory
 from engine.gateway.upstream import WHOLE_BYTES, Answer, Upstream, UpstreamLostError
+from engine.gateway.waking import Waking
 
 log = logging.getLogger("hearth.gateway")
 
@@ -20,21 +23,33 @@ _PASSED_ON = (b"content-type", b"accept", b"traceparent", b"tracestate")
 _NEWS_S = 0.5
 #: An error's body is not longer, whatever a runner sends.
 _MOST_ERROR_BYTES = 256 * 1024
+#: The code of a runner's 503 when it sleeps.
+_ASLEEP = "model_asleep"
+#: Waits before a request is sent again to a model whose runner said that it sleeps, seconds: doubled.
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.02, 1.0
+
+
+class _AsleepError(Exception):
+    """The replica sleeps, and has not begun the work."""
 
 
 class Forwarder:
     """Sends requests to the replicas of a directory."""
 
-    def __init__(self, directory: Directory, metrics: GatewayMetrics) -> None:
+    def __init__(
+        self, directory: Directory, metrics: GatewayMetrics, waking: Waking, first_bytes: FirstBytes
+    ) -> None:
         self._directory = directory
         self._metrics = metrics
+        self._waking = waking
+        self._first_bytes = first_bytes
 
-    async def forward(self, exchange: Exchange, send: Send, served: Served, path: str, body: bytes) -> None:
-        """Answers the request with what a replica of the model says.
+    async def forward(self, exchange: Exchange, send: Send, model: str, path: str, body: bytes) -> None:
+        """Answers the request with what a replica of the model (its id) says.
 
         Raises:
-            ApiError: 429 all replicas full; 503 none ready, or lost before anything had been sent to the
-            client.
+            ApiError: 429 all replicas full; 503 none ready and not to be waited for (any longer), or lost
+            before anything had been sent to the client.
         """
         headers = {
             name.decode("latin-1"): value.decode("latin-1")
@@ -43,45 +58,88 @@ class Forwarder:
         }
         headers.setdefault("content-type", "application/json")
         headers["x-request-id"] = exchange.upstream_id
-        failed: set[str] = set()
+        without: set[str] = set()
         stale: set[str] = set()
+        lost = False
+        asleep_at: int | None = None
+        pause_s = _FIRST_PAUSE_S
         while True:
-            upstream = served.choose(failed)
+            # Nothing is awaited from this look at the table in force until the request is counted (`taken`):
+            # the scheduler puts a replica to sleep once this worker has acknowledged a table without it
+            # and reported nothing in flight there, and no request may slip in between.
+            upstream = self._directory.find(model).choose(without)
             if upstream is None:
-                raise await self._none_left(served, lost=bool(failed))
+                if lost and asleep_at is None:
+                    await self._news_of_lost(model)
+                lost = False
+                await self._waking.until_ready(
+                    exchange, model, asleep_at=asleep_at, pause_s=pause_s if asleep_at is not None else 0.0
+                )
+                if asleep_at is not None:
+                    asleep_at, pause_s = None, min(pause_s * 2, _MOST_PAUSE_S)
+                without.clear()
+                continue
             upstream.taken()
             try:
-                answer = await upstream.post(path, body, headers)
-                try:
-                    await self._pass_back(exchange, send, served, answer)
-                finally:
-                    answer.close()
+                with self._metrics.in_flight(model).track_inprogress():
+                    await self._send(exchange, send, model, upstream, path, body, headers)
                 return
             except UpstreamLostError as error:
-                self._note(exchange, served, upstream, error)
+                self._metrics.lost(model)
+                log.warning("%s: replica %s was lost: %s", exchange.request_id, upstream.id, error)
                 if exchange.begun:
-                    raise broken_off(served.route.id) from error
+                    raise broken_off(model) from error
                 if not error.unsent:
-                    raise await self._lost(served) from error
+                    raise await self._lost(model) from error
                 # An idle connection may be old while the replica lives: one more try there, then elsewhere.
                 if upstream.address in stale:
-                    failed.add(upstream.address)
+                    without.add(upstream.address)
+                    lost = True
                 stale.add(upstream.address)
+            except _AsleepError:
+                log.info("%s: replica %s sleeps; the request waits", exchange.request_id, upstream.id)
+                without.add(upstream.address)
+                asleep_at = self._directory.version
             finally:
                 upstream.done()
 
-    async def _pass_back(self, exchange: Exchange, send: Send, served: Served, answer: Answer) -> None:
-        if answer.status >= 400:
-            body = await answer.read(_MOST_ERROR_BYTES)
-            await send_error(send, normalised(answer.status, body, answer.headers, served.route.id))
-        elif answer.is_stream:
-            await self._stream_events(exchange, send, served, answer)
-        elif answer.length is not None and answer.length <= WHOLE_BYTES:
-            body = await answer.read(WHOLE_BYTES)
-            await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
-            await send({"type": "http.response.body", "body": body})
-        else:
-            await self._stream_bytes(exchange, send, answer)
+    async def _send(
+        self,
+        exchange: Exchange,
+        send: Send,
+        model: str,
+        upstream: Upstream,
+        path: str,
+        body: bytes,
+        headers: dict[str, str],
+    ) -> None:
+        """Sends the request to this replica and its answer to the client.
+
+        Raises:
+            UpstreamLostError: the replica was lost.
+            _AsleepError: it sleeps; nothing has been sent to the client.
+        """
+        sent_at_s = exchange.elapsed_s()
+        answer = await upstream.post(path, body, headers)
+        try:
+            if answer.status >= 400:
+                said = await answer.read(_MOST_ERROR_BYTES)
+                error = normalised(answer.status, said, answer.headers, model)
+                if error.status == 503 and error.code == _ASLEEP:
+                    raise _AsleepError
+                await send_error(send, error)
+            elif answer.is_stream:
+                await self._stream_events(exchange, send, model, answer, sent_at_s)
+            elif answer.length is not None and answer.length <= WHOLE_BYTES:
+                body = await answer.read(WHOLE_BYTES)
+                await send(
+                    {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
+                )
+                await send({"type": "http.response.body", "body": body})
+            else:
+                await self._stream_bytes(exchange, send, answer)
+        finally:
+            answer.close()
 
     async def _stream_bytes(self, exchange: Exchange, send: Send, answer: Answer) -> None:
         """A long body; when it breaks off, so does the connection, for a cut answer must not look whole."""
@@ -93,9 +151,11 @@ class Forwarder:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
-    async def _stream_events(self, exchange: Exchange, send: Send, served: Served, answer: Answer) -> None:
+    async def _stream_events(
+        self, exchange: Exchange, send: Send, model: str, answer: Answer, sent_at_s: float
+    ) -> None:
         """Server-sent events; a failure becomes a last event."""
-        events = EventBuffer(served.route.id)
+        events = EventBuffer(model)
         chunks = answer.chunks()
         ready = b""
         while not ready:
@@ -105,6 +165,7 @@ class Forwarder:
             if chunk is None:
                 break
             ready = events.feed(chunk)
+        self._first_bytes.add(model, exchange.elapsed_s() - sent_at_s)
         headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
         exchange.is_events = True
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
@@ -115,36 +176,36 @@ class Forwarder:
                     await send({"type": "http.response.body", "body": ready, "more_body": True})
             await send({"type": "http.response.body", "body": events.rest()})
         except UpstreamLostError as error:
-            log.error(
-                "%s: the runner of %s broke off its stream: %s", exchange.request_id, served.route.id, error
-            )
-            self._metrics.lost(served.route.id)
-            await send({"type": "http.response.body", "body": broken_off(served.route.id).event()})
+            log.error("%s: the runner of %s broke off its stream: %s", exchange.request_id, model, error)
+            self._metrics.lost(model)
+            await send({"type": "http.response.body", "body": broken_off(model).event()})
 
-    def _note(self, exchange: Exchange, served: Served, upstream: Upstream, error: UpstreamLostError) -> None:
-        self._metrics.lost(served.route.id)
-        log.warning("%s: replica %s was lost: %s", exchange.request_id, upstream.id, error)
-
-    async def _lost(self, served: Served) -> ApiError:
-        """The error for a replica that left with the request in hand."""
-        error = await self._none_left(served, lost=True)
+    async def _lost(self, model: str) -> ApiError:
+        """The error for a replica that left with the request in hand, as of the newest table."""
+        await self._directory.changed(_NEWS_S)
+        try:
+            route = self._directory.find(model).route
+        except ApiError as gone:
+            return gone
+        error = not_ready(route, elapsed_s=self._directory.elapsed_s(model))
         return ApiError(
             503,
-            f"The runner of '{served.route.id}' ended before it answered. {error.message}",
+            f"The runner of '{model}' ended before it answered. {error.message}",
             code="runner_lost",
             headers=error.headers,
             extra=error.extra,
         )
 
-    async def _none_left(self, served: Served, *, lost: bool) -> ApiError:
-        """The error for a model without a replica, as of the newest table."""
-        if lost:
-            await self._directory.changed(_NEWS_S)
-        try:
-            route = self._directory.find(served.route.id).route
-        except ApiError as gone:
-            return gone
-        return not_ready(route)
+    async def _news_of_lost(self, model: str) -> None:
+        """Gives the scheduler a moment to say what has become of the lost replicas.
+
+        Raises:
+            ApiError: 503 while the table knows no better.
+        """
+        await self._directory.changed(_NEWS_S)
+        served = self._directory.find(model)
+        if served.upstreams:
+            raise not_ready(served.route, elapsed_s=self._directory.elapsed_s(model))
 
 
 def broken_off(model: str) -> ApiError:

@@ -19,7 +19,8 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from engine.gateway.exchange import Exchange
-from engine.gateway.routing import Directory, remaining_s
+from engine.gateway.loading import remaining_s
+from engine.gateway.routing import Directory
 from engine.routes import ReplicaState
 
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"
@@ -72,6 +73,20 @@ class GatewayMetrics:
             ("model",),
             registry=registry,
         )
+        self._waiting = Gauge(
+            "hearth_gateway_waiting",
+            "Requests that wait for their model to wake.",
+            ("model",),
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self._waits = Histogram(
+            "hearth_gateway_wake_wait_seconds",
+            "How long requests waited for their model to wake, however the wait ended, seconds.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
         # Looking children up by their labels costs more than counting does.
         self._times: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
         self._counts: dict[tuple[str, str, int], Counter] = {}
@@ -83,6 +98,14 @@ class GatewayMetrics:
         if gauge is None:
             gauge = self._gauges[model] = self._in_flight.labels(model)
         return gauge
+
+    def waiting(self, model: str) -> Gauge:
+        """The gauge of one model's requests that wait for it to wake."""
+        return self._waiting.labels(model)
+
+    def waited(self, model: str, seconds: float) -> None:
+        """A request has waited for the model to wake."""
+        self._waits.labels(model).observe(seconds)
 
     def lost(self, model: str) -> None:
         self._lost.labels(model).inc()

@@ -17,10 +17,13 @@ from engine.errors import ApiError, bad_request, nearest
 from engine.gateway import schemas
 from engine.gateway.documents import add_forwarded
 from engine.gateway.endpoints import ENDPOINTS
+from engine.gateway.loading import first_line, remaining_s
 from engine.gateway.metrics import GatewayMetrics
-from engine.gateway.routing import Directory, Served, first_line, remaining_s
+from engine.gateway.routing import Directory, Served
 from engine.gateway.scrape import scrape
 
+#: Where a standby model is in the course of its service, ready to be asked for.
+_IN_SERVICE = ("asleep", "waking", "draining")
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -39,7 +42,9 @@ def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
     @pages.get("/v1/models", tags=["models"], summary="The served models")
     async def models() -> schemas.ModelList:
         now = time.time()
-        return schemas.ModelList(data=[card(served, now) for served in directory])
+        return schemas.ModelList(
+            data=[card(served, now, directory.elapsed_s(served.route.id)) for served in directory]
+        )
 
     @pages.get(
         "/v1/models/{id:path}",
@@ -48,7 +53,8 @@ def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
         responses={404: {"model": schemas.Error}},
     )
     async def model(id: str) -> schemas.ModelCard:
-        return card(directory.find(id), time.time())
+        served = directory.find(id)
+        return card(served, time.time(), directory.elapsed_s(served.route.id))
 
     @pages.head("/health", include_in_schema=False)
     @pages.get("/health", tags=["server"], summary="The gateway is alive")
@@ -73,13 +79,16 @@ def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
     return pages
 
 
-def card(served: Served, now: float) -> schemas.ModelCard:
-    """A model as the API tells of it."""
+def card(served: Served, now: float, elapsed_s: float | None) -> schemas.ModelCard:
+    """A model as the API tells of it; `elapsed_s` as of `Directory.elapsed_s`."""
     route = served.route
     loading = None
     if not served.upstreams:
         loading = schemas.Loading(
-            state=route.state, reason=first_line(route.reason), expected_s=remaining_s(route, now)
+            state=route.state,
+            reason=first_line(route.reason),
+            elapsed_s=None if elapsed_s is None else round(elapsed_s, 1),
+            expected_s=remaining_s(route, now),
         )
     return schemas.ModelCard(
         id=route.id,
@@ -97,7 +106,8 @@ def card(served: Served, now: float) -> schemas.ModelCard:
 def readiness(directory: Directory, now: float) -> schemas.Readiness:
     """Says that all is warm.
 
-    A sleeping model is where it should be: it counts as ready.
+    A sleeping model is where it should be, and so is a standby model on its way to or from sleep: they count
+    as ready.
 
     Raises:
         ApiError: 503 `not_ready`, with a row for every model that is not.
@@ -108,7 +118,8 @@ def readiness(directory: Directory, now: float) -> schemas.Readiness:
     for served in directory:
         count += 1
         route = served.route
-        if served.upstreams or route.state == "asleep":
+        in_service = route.tier == "standby" and route.state in _IN_SERVICE
+        if served.upstreams or in_service or route.state == "asleep":
             continue
         left = remaining_s(route, now)
         longest = None if left is None or longest is None else max(longest, left)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import math
+import itertools
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,25 +11,8 @@ from engine.errors import ApiError, nearest
 from engine.gateway.upstream import Upstream
 from engine.routes import ModelRoute, RouteTable
 
-#: Bounds of `retry-after`, seconds; clients of OpenAI's SDK do not wait longer than two minutes.
-LEAST_RETRY_S, MOST_RETRY_S = 1, 120
-#: Said when nobody knows how long a model still takes.
-UNKNOWN_RETRY_S = 10
-_MOST_REASON = 300
-
-_WORDS = {
-    "planned": "waiting for its turn to start",
-    "preparing": "having its weights fetched or converted",
-    "starting": "loading",
-    "warming": "loaded and being warmed up",
-    "ready": "without a runner at this moment",
-    "asleep": "asleep",
-    "waking": "waking up",
-    "draining": "finishing its last requests before it stops",
-    "stopped": "stopped",
-    "failed": "failed",
-    "backoff": "failed and waiting to be started again",
-}
+#: States in which a model is not on its way to being ready.
+_AT_REST = frozenset({"ready", "asleep", "draining", "stopped"})
 
 
 class Served:
@@ -78,7 +61,13 @@ class Directory:
         self._served: dict[str, Served] = {}
         self._names: dict[str, Served] = {}
         self._upstreams: dict[str, Upstream] = {}
+        #: Replicas out of the table that still have requests in hand, by address.
+        self._leaving: dict[str, Upstream] = {}
+        #: Since when a model has been on its way, on the monotonic clock.
+        self._since: dict[str, float] = {}
         self._changed = asyncio.Event()
+        #: Called after every new table, and when a replica out of the table has answered its last request.
+        self.listeners: list[Callable[[], None]] = []
 
     def replace(self, table: RouteTable) -> None:
         """Takes a new table. Replicas that stay keep connections and counts; those gone are let finish."""
@@ -91,7 +80,7 @@ class Directory:
                 address = replica.socket or replica.url
                 if address is None:
                     continue
-                upstream = before.pop(address, None) or self._make(replica.id, address)
+                upstream = before.pop(address, None) or self._back(address) or self._make(replica.id, address)
                 upstream.id = replica.id
                 self._upstreams[address] = upstream
                 upstreams.append(upstream)
@@ -101,10 +90,19 @@ class Directory:
             for alias in served.route.aliases:
                 self._names.setdefault(alias, served)
         for gone in before.values():
-            gone.retire()
+            if gone.in_flight:
+                self._leaving[gone.address] = gone
+            gone.retire(self._gone)
+        now = time.monotonic()
+        self._since = {
+            id: self._since.get(id, now)
+            for id, served in self._served.items()
+            if not served.upstreams and served.route.state not in _AT_REST
+        }
         self.version = table.version
         self._changed.set()
         self._changed = asyncio.Event()
+        self._tell()
 
     async def changed(self, within_s: float) -> bool:
         """Waits for the next table; False when none came in time."""
@@ -137,6 +135,19 @@ class Directory:
             404, f"There is no model '{shown}' here. {hint}", param="model", code="model_not_found"
         )
 
+    def elapsed_s(self, model: str) -> float | None:
+        """How long this worker has seen the model on its way, seconds; None when it is not.
+
+        It is on its way from the first table in which it had no ready replica and was neither asleep nor
+        about to be, until the next in which it has.
+        """
+        since = self._since.get(model)
+        return None if since is None else time.monotonic() - since
+
+    def upstreams(self) -> Iterator[Upstream]:
+        """Every replica of the table, and those out of it that still have requests in hand."""
+        return itertools.chain(self._upstreams.values(), self._leaving.values())
+
     @property
     def known(self) -> bool:
         """Whether it holds any model."""
@@ -147,48 +158,21 @@ class Directory:
 
     async def close(self) -> None:
         """Closes every connection to a replica."""
-        for upstream in self._upstreams.values():
+        for upstream in list(self.upstreams()):
             await upstream.close()
-        self._upstreams = {}
+        self._upstreams, self._leaving = {}, {}
 
+    def _back(self, address: str) -> Upstream | None:
+        """A replica that was leaving and is in the table again, with its count."""
+        upstream = self._leaving.pop(address, None)
+        if upstream is not None:
+            upstream.restore()
+        return upstream
 
-def remaining_s(route: ModelRoute, now: float) -> float | None:
-    """Roughly how long until the model is ready, seconds from `now` (Unix time); None when nobody knows."""
-    if route.eta_s is None:
-        return None
-    return max(0.0, route.eta_s - max(0.0, now - route.at))
+    def _gone(self, upstream: Upstream) -> None:
+        self._leaving.pop(upstream.address, None)
+        self._tell()
 
-
-def first_line(reason: str) -> str:
-    """A reason without what follows its first line: the rest belongs in the operator's log."""
-    line = reason.strip().partition("\n")[0].strip().rstrip(".")
-    return line if len(line) <= _MOST_REASON else line[:_MOST_REASON] + "…"
-
-
-def not_ready(route: ModelRoute, now: float | None = None) -> ApiError:
-    """The 503 for a model without a ready replica: which, in what state, why, and how long it still takes."""
-    now = time.time() if now is None else now
-    left = remaining_s(route, now)
-    retry = UNKNOWN_RETRY_S if left is None else min(MOST_RETRY_S, max(LEAST_RETRY_S, math.ceil(left)))
-    reason = first_line(route.reason)
-    because = f" ({reason})" if reason else ""
-    if left is None:
-        outlook = "How long it takes is not known yet"
-    elif left < LEAST_RETRY_S:
-        outlook = "It should be ready any moment"
-    else:
-        outlook = f"It should be ready in about {_duration(left)}"
-    return ApiError(
-        503,
-        f"Model '{route.id}' is not ready: it is {_WORDS[route.state]}{because}. {outlook}; "
-        f"try again in {retry} s.",
-        param="model",
-        code="model_not_ready",
-        headers={"retry-after": str(retry)},
-        extra={"loading": {"state": route.state, "reason": reason, "expected_s": left}},
-    )
-
-
-def _duration(seconds: float) -> str:
-    whole = math.ceil(seconds)
-    return f"{whole} s" if whole < 100 else f"{math.ceil(whole / 60)} min"
+    def _tell(self) -> None:
+        for listener in self.listeners:
+            listener()

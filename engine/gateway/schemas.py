@@ -237,6 +237,9 @@ class LocalAiDetections(BaseModel):
 class Loading(BaseModel):
     state: ReplicaState
     reason: str = ""
+    elapsed_s: float | None = Field(
+        default=None, description="How long it has been on its way, seconds; null when it is not, or unknown."
+    )
     expected_s: float | None = Field(default=None, description="Roughly how long until ready, seconds.")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,9 +122,12 @@ class Upstream:
         self.id = id
         self.address = address
         self.in_flight = 0
+        #: When its last request began or ended, on the monotonic clock; its own beginning until there is one.
+        self.last = time.monotonic()
         self._connect_timeout_s = connect_timeout_s
         self._session: aiohttp.ClientSession | None = None
-        self._retired = False
+        #: Set while it is out of the table: told when its last request has ended.
+        self._on_gone: Callable[[Upstream], None] | None = None
         self._closing: asyncio.Task[None] | None = None
 
     async def post(self, path: str, body: bytes, headers: dict[str, str]) -> Answer:
@@ -176,18 +179,26 @@ class Upstream:
     def taken(self) -> None:
         """A request goes there."""
         self.in_flight += 1
+        self.last = time.monotonic()
 
     def done(self) -> None:
         """A request came back, or failed."""
         self.in_flight -= 1
-        if self._retired and self.in_flight == 0:
+        self.last = time.monotonic()
+        if self._on_gone is not None and self.in_flight == 0:
             self._close_soon()
+            self._on_gone(self)
 
-    def retire(self) -> None:
-        """It is out of the table: closed when its last request has ended."""
-        self._retired = True
+    def retire(self, on_gone: Callable[[Upstream], None]) -> None:
+        """It is out of the table: closed when its last request has ended, of which `on_gone` is told."""
         if self.in_flight == 0:
             self._close_soon()
+        else:
+            self._on_gone = on_gone
+
+    def restore(self) -> None:
+        """It is in the table again."""
+        self._on_gone = None
 
     async def close(self) -> None:
         session, self._session = self._session, None
@@ -195,8 +206,10 @@ class Upstream:
             await session.close()
 
     def _close_soon(self) -> None:
-        if self._session is not None:
-            self._closing = asyncio.get_running_loop().create_task(self.close())
+        # Let go of at once: were it to come back into the table, it would get a new session.
+        session, self._session = self._session, None
+        if session is not None:
+            self._closing = asyncio.get_running_loop().create_task(session.close())
 
     def _open(self) -> aiohttp.ClientSession:
         tracing = aiohttp.TraceConfig()

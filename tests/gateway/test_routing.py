@@ -11,7 +11,8 @@ import pytest
 from aiohttp import web
 
 from engine.errors import ApiError
-from engine.gateway.routing import Directory, first_line, not_ready, remaining_s
+from engine.gateway.loading import first_line, not_ready, remaining_s
+from engine.gateway.routing import Directory
 from engine.gateway.upstream import Upstream
 from engine.gateway.watch import RouteWatch
 from engine.routes import ModelRoute, Replica, RouteTable
