@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.config import Config
 from tests.gateway.dummy import DummyRunner, House, open_house, route
+from tests.gateway.scheduler import FakeScheduler
 
 
 @pytest.fixture
@@ -39,3 +41,12 @@ async def second(short: Path) -> AsyncIterator[DummyRunner]:
 async def house(short: Path, tmp_path: Path, runner: DummyRunner) -> AsyncIterator[House]:
     async with open_house(tmp_path, route("dummy", runner)) as opened:
         yield opened
+
+
+@pytest.fixture
+async def scheduler(short: Path, tmp_path: Path) -> AsyncIterator[FakeScheduler]:
+    """The control socket of the house whose state folder is tmp_path."""
+    fake = FakeScheduler(Config(state_dir=tmp_path).control_socket)
+    await fake.start()
+    yield fake
+    await fake.stop()

@@ -48,6 +48,7 @@ class DummyRunner:
     headers: dict[str, str] = field(default_factory=dict)
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     cancelled: int = 0
+    asleep: int = 0
     connections: int = 0
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -107,6 +108,12 @@ class DummyRunner:
     async def _fixed(self, request: web.Request, body: bytes) -> web.Response:
         headers = {"content-type": "application/json", **self.headers}
         return web.Response(status=self.status, body=self.body, headers=headers)
+
+    async def _asleep(self, request: web.Request, body: bytes) -> web.Response:
+        """What a runner of ours says that has been put to sleep."""
+        self.asleep += 1
+        error = {"message": "asleep", "type": "service_unavailable_error", "code": "model_asleep"}
+        return web.json_response({"error": {**error, "param": None}}, status=503)
 
     async def _slow(self, request: web.Request, body: bytes) -> web.Response:
         await self.go_on.wait()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from engine.errors import ApiError
 from engine.gateway.loading import first_line, not_ready, remaining_s
@@ -17,6 +16,7 @@ from engine.gateway.upstream import Upstream
 from engine.gateway.watch import RouteWatch
 from engine.routes import ModelRoute, Replica, RouteTable
 from tests.gateway.dummy import until
+from tests.gateway.scheduler import FakeScheduler
 
 
 def directory() -> Directory:
@@ -91,40 +91,6 @@ def test_what_a_model_that_is_not_ready_says(state: Any, left: float | None, sai
 def test_only_a_reasons_first_line_is_shown() -> None:
     assert first_line("exit status 1.\nTraceback …") == "exit status 1"
     assert len(first_line("x" * 1000)) <= 301
-
-
-class FakeScheduler:
-    """The control socket's /routes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.table = RouteTable()
-        self.polls: list[str] = []
-        self._changed = asyncio.Event()
-        self._runner: web.AppRunner | None = None
-
-    def publish(self, table: RouteTable) -> None:
-        self.table = table
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def start(self) -> None:
-        app = web.Application()
-        app.router.add_get("/routes", self._routes)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
-        await self._runner.setup()
-        await web.UnixSite(self._runner, str(self.path)).start()
-
-    async def stop(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
-        self.path.unlink(missing_ok=True)
-
-    async def _routes(self, request: web.Request) -> web.Response:
-        self.polls.append(request.query["after"])
-        if int(request.query["after"]) == self.table.version:
-            await asyncio.wait_for(self._changed.wait(), float(request.query["wait"]))
-        return web.json_response(text=self.table.model_dump_json())
 
 
 async def test_the_schedulers_table_is_followed_and_kept_while_it_is_away(short: Path) -> None:
