@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,13 @@ def _runner(config: Config, place: Place) -> RunnerPlan:
         can_sleep=wish.standing.tier == "standby",
         options=wish.options,
     )
-    weights = entry.model_dump(mode="json", include={"sources", "convert", "weights_key"})
     return RunnerPlan(
         id=place.id,
         entry=entry,
         device=place.device,
         preparation=f"prepare-{entry.weights_key or entry.id}",
         spec=spec,
-        fingerprint=fingerprint(spec.model_dump(mode="json"), weights),
+        fingerprint=spec_fingerprint(spec, entry),
         standing=wish.standing,
         awake_bytes=place.awake_bytes,
         asleep_bytes=place.asleep_bytes,
@@ -143,6 +142,12 @@ def socket_path(folder: Path, unit: str) -> Path:
         f"{folder} is too long for Unix sockets (a path may have {SOCKET_PATH_BYTES} bytes). "
         "Set XDG_RUNTIME_DIR or TMPDIR to a shorter folder."
     )
+
+
+def spec_fingerprint(spec: RunnerSpec, entry: ModelEntry, without: Iterable[str] = ()) -> str:
+    """What a replica is started with, in a hash: its spec, less the fields ``without``, and its weights."""
+    weights = entry.model_dump(mode="json", include={"sources", "convert", "weights_key"})
+    return fingerprint(spec.model_dump(mode="json", exclude=set(without)), weights)
 
 
 def fingerprint(*parts: Any) -> str:
