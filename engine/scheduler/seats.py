@@ -87,7 +87,8 @@ def candidates(plan: RunnerPlan, taken: Taken, first: Sequence[str] = ()) -> Ite
     if plan.device.startswith("cpu"):
         yield plan.device
         return
-    yield from dict.fromkeys(first)
+    first = [one for one in dict.fromkeys(first) if _is_like(one, plan.device)]
+    yield from first
     kind = plan.device.partition(":")[0]
     names = sorted(
         (name for name in taken.rooms if name.startswith(f"{kind}:")),
@@ -103,6 +104,11 @@ def candidates(plan: RunnerPlan, taken: Taken, first: Sequence[str] = ()) -> Ite
         device = f"{kind}:" + ",".join(name.partition(":")[2] for name in group)
         if device not in first:
             yield device
+
+
+def _is_like(device: str, other: str) -> bool:
+    """Of the same kind and as many: a replica over two devices cannot stand where one over one stood."""
+    return device.partition(":")[0] == other.partition(":")[0] and device.count(",") == other.count(",")
 
 
 @dataclass(frozen=True)

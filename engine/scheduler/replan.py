@@ -1,0 +1,308 @@
+"""From the replicas that stand to those that are wanted, by the smallest number of moves. Pure.
+
+A replica whose specification is unchanged keeps its id, its device and its process. One that is changed or
+moved gets a new id, so that its socket is another one and both can live until the new one is warm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from engine.scheduler.changes import Change, differences, live_differences
+from engine.scheduler.handover import hand_over
+from engine.scheduler.plan import RunnerPlan, gib, spec_fingerprint
+from engine.scheduler.seats import Rooms, Seeker, Taken, candidates, elsewhere, seat
+
+
+@dataclass(frozen=True)
+class Stood:
+    """A replica of the old plan."""
+
+    plan: RunnerPlan
+    #: It answers requests (or sleeps), so its successor is waited for.
+    serves: bool = True
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Why an old replica goes, and when: once all ``successors`` are ready, at once where there are none."""
+
+    reason: str
+    successors: tuple[str, ...] = ()
+
+
+@dataclass
+class Replan:
+    """What is wanted from now on, and how to come there."""
+
+    #: In the order of the new configuration; those that stay under their old ids.
+    runners: list[RunnerPlan] = field(default_factory=list)
+    leaving: dict[str, Leaving] = field(default_factory=dict)
+    #: For new replicas the old ones that must be gone before they start.
+    waits: dict[str, frozenset[str]] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
+
+    @property
+    def moves(self) -> int:
+        """Replicas that leave their device though nothing about them has changed."""
+        return sum(change.kind == "moved" for change in self.changes)
+
+
+@dataclass
+class _Slot:
+    """One replica to be, with the old one that it is or follows."""
+
+    fresh: RunnerPlan
+    same: Stood | None = None
+    before: Stood | None = None
+    plan: RunnerPlan | None = None
+
+
+def essence(plan: RunnerPlan) -> str:
+    """A hash of what a replica is, apart from its id and place: equal ones need no restart."""
+    ranks = plan.device.count(",")
+    return f"{spec_fingerprint(plan.spec, plan.entry, ('socket', 'device', 'model_dir'))}-{ranks}"
+
+
+def replan(
+    old: Sequence[Stood], fresh: Sequence[RunnerPlan], rooms: Rooms, taken_ids: Iterable[str] = ()
+) -> Replan:
+    """The new plan with the fewest moves.
+
+    Replicas beyond a model's fewest (added under load) stay, or are started anew with changed settings, up to
+    its most and as long as they fit where they are: nothing is moved for them.
+
+    Args:
+        old: what stands, or is about to.
+        fresh: the fewest replicas of every model, as a plan from nothing places them; they fit.
+        rooms: bytes of each device for runners.
+        taken_ids: further ids that new replicas may not get.
+
+    Raises:
+        PlanError: a socket's path would be too long.
+    """
+    left = list(old)
+    slots = _matched(fresh, left)
+    extras = _extras(slots, old, left)
+    _follow(slots, left)
+    _follow(extras, left)
+    places = seat([_seeker(slot) for slot in slots], rooms)
+    names = _Names([*(one.plan.id for one in old), *taken_ids])
+    taken = Taken(rooms)
+    for slot, device in zip(slots, places, strict=True):
+        _settle(slot, device, names)
+        taken.add(_plan(slot))
+    for slot in extras:
+        spare = _spare_place(slot, taken)
+        if spare is None:
+            left += [one for one in (slot.same, slot.before) if one]
+        else:
+            _settle(slot, spare, names)
+            taken.add(_plan(slot))
+    stay = [slot for slot in _in_order(slots, extras) if slot.plan]
+    return _result(stay, left, rooms)
+
+
+def _matched(fresh: Sequence[RunnerPlan], left: list[Stood]) -> list[_Slot]:
+    """A slot for each, with the old replica that is just like it; such are taken out of ``left``."""
+    slots = [_Slot(plan) for plan in fresh]
+    for slot in slots:
+        slot.same = _take_same(slot.fresh, left, here=True)
+    for slot in slots:
+        slot.same = slot.same or _take_same(slot.fresh, left, here=False)
+    return slots
+
+
+def _take_same(plan: RunnerPlan, left: list[Stood], *, here: bool) -> Stood | None:
+    kind = essence(plan)
+    same = [
+        one
+        for one in left
+        if one.plan.model == plan.model
+        and (one.plan.device == plan.device or not here)
+        and essence(one.plan) == kind
+    ]
+    same.sort(key=lambda one: (not one.serves, _number(one.plan.id)))
+    if not same:
+        return None
+    left.remove(same[0])
+    return same[0]
+
+
+def _extras(slots: Sequence[_Slot], old: Sequence[Stood], left: list[Stood]) -> list[_Slot]:
+    """Slots for replicas beyond the fewest: as many as there are now and may be."""
+    extras = []
+    last = {slot.fresh.model: slot.fresh for slot in slots}
+    for model, plan in last.items():
+        fewest = sum(slot.fresh.model == model for slot in slots)
+        now = sum(one.plan.model == model and one.serves for one in old)
+        for _ in range(min(plan.standing.max_replicas, now) - fewest):
+            slot = _Slot(plan)
+            slot.same = _take_same(plan, left, here=True) or _take_same(plan, left, here=False)
+            extras.append(slot)
+    return extras
+
+
+def _follow(slots: Iterable[_Slot], left: list[Stood]) -> None:
+    """Gives each slot without a replica one of the same model to follow, those that serve first."""
+    for slot in slots:
+        if slot.same is None:
+            found = [one for one in left if one.plan.model == slot.fresh.model]
+            found.sort(key=lambda one: (not one.serves, _number(one.plan.id)))
+            if found:
+                slot.before = found[0]
+                left.remove(found[0])
+
+
+def _seeker(slot: _Slot) -> Seeker:
+    same, before = slot.same, slot.before
+    return Seeker(slot.fresh, same.plan.device if same else None, before.plan.device if before else None)
+
+
+def _spare_place(slot: _Slot, taken: Taken) -> str | None:
+    """Where an extra replica may be: where it stands, or (one to be started anyway) where there is room."""
+    if slot.same:
+        places: Iterable[str] = [slot.same.plan.device]
+    else:
+        near = [slot.before.plan.device] if slot.before else []
+        places = candidates(slot.fresh, taken, near)
+    return next((one for one in places if taken.takes(elsewhere(slot.fresh, slot.fresh.id, one))), None)
+
+
+def _settle(slot: _Slot, device: str, names: _Names) -> None:
+    stays = slot.same is not None and slot.same.plan.device == device
+    unit = slot.same.plan.id if slot.same and stays else names.next(slot.fresh.model)
+    slot.plan = elsewhere(slot.fresh, unit, device)
+
+
+def _plan(slot: _Slot) -> RunnerPlan:
+    assert slot.plan is not None, "only settled slots have a plan"
+    return slot.plan
+
+
+def _in_order(slots: Sequence[_Slot], extras: Sequence[_Slot]) -> list[_Slot]:
+    """All slots, those of one model beside each other."""
+    models = dict.fromkeys(slot.fresh.model for slot in slots)
+    return [slot for model in models for slot in (*slots, *extras) if slot.fresh.model == model]
+
+
+class _Names:
+    """Unit ids that are not in use."""
+
+    def __init__(self, taken: Iterable[str]) -> None:
+        self._taken = set(taken)
+
+    def next(self, model: str) -> str:
+        number = 0
+        while f"{model}-{number}" in self._taken:
+            number += 1
+        self._taken.add(f"{model}-{number}")
+        return f"{model}-{number}"
+
+
+def free_name(model: str, taken: Iterable[str]) -> str:
+    """``<model>-<n>`` with the lowest n that is not taken."""
+    return _Names(taken).next(model)
+
+
+def _number(unit: str) -> int:
+    number = unit.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def _result(slots: Sequence[_Slot], left: Sequence[Stood], rooms: Rooms) -> Replan:
+    result = Replan(runners=[_plan(slot) for slot in slots])
+    kept = {slot.same.plan.id for slot in slots if slot.same and slot.same.plan.id == _plan(slot).id}
+    goers = {stood.plan.id: stood for stood in left}
+    heirs: dict[str, tuple[str, ...]] = {}
+    for slot in slots:
+        gone = slot.same or slot.before
+        if gone and gone.plan.id not in kept:
+            goers[gone.plan.id] = gone
+            heirs[gone.plan.id] = (_plan(slot).id,)
+    order = hand_over(
+        [plan for plan in result.runners if plan.id in kept],
+        [plan for plan in result.runners if plan.id not in kept],
+        {name: stood.plan for name, stood in goers.items()},
+        # One that never answered is not waited for.
+        {name: units for name, units in heirs.items() if goers[name].serves},
+        rooms,
+    )
+    result.waits = order.waits
+    result.changes = [_change(slot, order.early) for slot in slots]
+    wanted = {plan.model for plan in result.runners}
+    for stood in left:
+        result.changes.append(_removal(stood.plan, wanted))
+        result.leaving[stood.plan.id] = Leaving(result.changes[-1].reason)
+    for name, units in heirs.items():
+        waits = goers[name].serves and name not in order.early
+        result.leaving[name] = Leaving(f"replaced by {units[0]}", units if waits else ())
+    return result
+
+
+def _removal(plan: RunnerPlan, wanted: set[str]) -> Change:
+    reason = "fewer replicas" if plan.model in wanted else "no longer asked for"
+    return Change(
+        kind="removed",
+        model=plan.model,
+        unit=plan.id,
+        was=plan.id,
+        device=plan.device,
+        was_device=plan.device,
+        reason=reason,
+    )
+
+
+def _change(slot: _Slot, early: set[str]) -> Change:
+    plan, gone = _plan(slot), slot.same or slot.before
+    if gone is None:
+        return Change(kind="added", model=plan.model, unit=plan.id, device=plan.device, reason="new")
+    common = {
+        "model": plan.model,
+        "unit": plan.id,
+        "device": plan.device,
+        "was": gone.plan.id,
+        "was_device": gone.plan.device,
+    }
+    if gone.plan.id == plan.id:
+        live = live_differences(gone.plan, plan)
+        return Change(
+            kind="kept", reason="; ".join(live) + " (no restart)" if live else "unchanged", **common
+        )
+    reasons = [] if slot.same else differences(gone.plan, plan)
+    if gone.plan.device != plan.device:
+        reasons.append(f"{gone.plan.device} → {plan.device}" + (" to make room" if slot.same else ""))
+    old_first = gone.plan.id in early
+    if old_first:
+        size = gib(plan.awake_bytes)
+        reasons.append(f"{gone.plan.id} ends first: no room for both (needs {size} more)")
+    return Change(
+        kind="moved" if slot.same else "changed",
+        reason="; ".join(reasons) or "started with other settings",
+        old_first=old_first,
+        **common,
+    )
+
+
+def standing(
+    fresh: Sequence[RunnerPlan], records: Iterable[tuple[str, str, str]], serves: Mapping[str, bool]
+) -> list[Stood]:
+    """The recorded replicas that a plan from nothing would start just so, but for id and place.
+
+    Args:
+        fresh: the plan.
+        records: unit id, device and fingerprint of each living replica.
+        serves: whether it is ready or asleep, by unit id.
+    """
+    shapes: dict[str, dict[str, RunnerPlan]] = {}
+    for plan in fresh:
+        shapes.setdefault(plan.model, {})[essence(plan)] = plan
+    found = []
+    for unit, device, print_ in records:
+        for plan in shapes.get(unit.rpartition("-")[0], {}).values():
+            same = elsewhere(plan, unit, device)
+            if device and same.fingerprint == print_ and len(same.devices) == len(plan.devices):
+                found.append(Stood(same, serves.get(unit, True)))
+                break
+    return found
