@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from engine.routes import ReplicaState
-from engine.scheduler.reconcile import expected_s
+from engine.scheduler.starts import expected_s
 from engine.scheduler.units import Progress, Unit, World
 
 #: How far along a state is; the furthest replica speaks for its model.

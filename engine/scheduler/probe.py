@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +23,10 @@ class ProbeError(Exception):
     """The answer was none or not the right one; the message says what came instead."""
 
 
+class BusyError(ProbeError):
+    """The runner has a request in hand, so it does not fall asleep; nothing has changed."""
+
+
 class Prober(Protocol):
     """What the supervisor asks of processes; tests hand in a fake."""
 
@@ -30,6 +35,12 @@ class Prober(Protocol):
     async def gateway_health(self, url: str) -> None: ...
 
     async def warm_up(self, plan: RunnerPlan, timeout_s: float) -> None: ...
+
+    async def sleep(self, socket: Path, timeout_s: float) -> None: ...
+
+    async def wake(self, plan: RunnerPlan, timeout_s: float) -> None: ...
+
+    async def is_sleeping(self, socket: Path, timeout_s: float) -> bool: ...
 
     async def close(self) -> None: ...
 
@@ -100,9 +111,70 @@ class HttpProber:
         asks = await asyncio.to_thread(warm_up_asks, plan.spec)
         deadline = time.monotonic() + timeout_s
         for ask in asks:
-            await self._ask(plan, ask, deadline, timeout_s)
+            await self._ask(plan, ask, deadline, f"{timeout_s:g} s; raise `warm_timeout_s` in [scheduler]")
 
-    async def _ask(self, plan: RunnerPlan, ask: Ask, deadline: float, timeout_s: float) -> None:
+    async def sleep(self, socket: Path, timeout_s: float) -> None:
+        """Puts a runner to sleep; its memory has been given back when this returns. Does so twice as well.
+
+        Raises:
+            BusyError: it has a request in hand and goes on as before.
+            ProbeError: no answer within ``timeout_s`` seconds, or another than 200.
+        """
+        path = "/sleep?level=1&mode=wait"
+        status, body = await self._call(socket, "POST", path, timeout_s, "falling asleep")
+        if status == 409:
+            raise BusyError("it has a request in hand")
+        _expect_200("falling asleep", status, body)
+
+    async def wake(self, plan: RunnerPlan, timeout_s: float) -> None:
+        """Wakes a runner, which must then answer a real request; one that is awake has only the latter to do.
+
+        Raises:
+            ProbeError: not awake or not answering rightly within ``timeout_s`` seconds in all.
+        """
+        deadline = time.monotonic() + timeout_s
+        status, body = await self._call(plan.spec.socket, "POST", "/wake_up", timeout_s, "waking up")
+        _expect_200("waking up", status, body)
+        first, *_ = await asyncio.to_thread(warm_up_asks, plan.spec)
+        await self._ask(
+            plan, first, deadline, f"{timeout_s:g} s with waking up; raise `wake_timeout_s` in [tiers]"
+        )
+
+    async def is_sleeping(self, socket: Path, timeout_s: float) -> bool:
+        """Whether a runner says that it sleeps.
+
+        Raises:
+            ProbeError: no such answer within ``timeout_s`` seconds.
+        """
+        status, body = await self._call(
+            socket, "GET", "/is_sleeping", timeout_s, "the question whether it sleeps"
+        )
+        _expect_200("the question whether it sleeps", status, body)
+        try:
+            return bool(json.loads(body)["is_sleeping"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProbeError(f"it does not say whether it sleeps: {_shown(body)}") from error
+
+    async def _call(
+        self, socket: Path, method: str, path: str, timeout_s: float, what: str
+    ) -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        connector = aiohttp.UnixConnector(str(socket))
+        try:
+            async with (
+                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+                session.request(method, f"http://runner{path}") as answer,
+            ):
+                return answer.status, await answer.read()
+        except TimeoutError:
+            raise ProbeError(
+                f"{what} took longer than {timeout_s:g} s; "
+                "raise `wake_timeout_s` in [tiers] if it only needs longer"
+            ) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ProbeError(f"{what} failed: {error or type(error).__name__}") from error
+
+    async def _ask(self, plan: RunnerPlan, ask: Ask, deadline: float, limit: str) -> None:
         timeout = aiohttp.ClientTimeout(total=max(0.1, deadline - time.monotonic()))
         connector = aiohttp.UnixConnector(str(plan.spec.socket))
         headers = {"content-type": ask.content_type}
@@ -115,8 +187,7 @@ class HttpProber:
                 status = answer.status
         except TimeoutError:
             raise ProbeError(
-                f"its first request ({ask.path}) had no answer within {timeout_s:g} s; "
-                "raise `warm_timeout_s` in [scheduler] if it only needs longer"
+                f"its first request ({ask.path}) had no answer within {limit} if it only needs longer"
             ) from None
         except (aiohttp.ClientError, OSError) as error:
             raise ProbeError(
@@ -124,5 +195,13 @@ class HttpProber:
             ) from error
         fault = ask.fault(status, body)
         if fault:
-            shown = body[:_BODY_SHOWN].decode(errors="replace")
-            raise ProbeError(f"its first request ({ask.path}) was answered wrongly: {fault}: {shown}")
+            raise ProbeError(f"its first request ({ask.path}) was answered wrongly: {fault}: {_shown(body)}")
+
+
+def _expect_200(what: str, status: int, body: bytes) -> None:
+    if status != 200:
+        raise ProbeError(f"{what} failed: status {status}: {_shown(body)}")
+
+
+def _shown(body: bytes) -> str:
+    return body[:_BODY_SHOWN].decode(errors="replace")

@@ -6,11 +6,11 @@ which writes down that it is under way, and then carries it out.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 
 from engine.scheduler.messages import Action, Check, Launch, Sweep, Terminate, WarmUp
-from engine.scheduler.plan import RunnerPlan
+from engine.scheduler.starts import may_start
+from engine.scheduler.tiers import tier_actions, tier_timers
 from engine.scheduler.units import Unit, World
 
 
@@ -19,7 +19,11 @@ def reconcile(world: World, now: float) -> list[Action]:
     endings = list(_endings(world, now))
     ending = {action.unit for action in endings}
     watches = (action for action in _watches(world, now) if action.unit not in ending)
-    return [*endings, *watches, *_launches(world, now)]
+    if world.stop:
+        return [*endings, *watches]
+    starts = _starts(world, now)
+    # What ends now may stand in the way of a start, which the next look will see.
+    return [*endings, *watches, *starts, *([] if endings else tier_actions(world, now))]
 
 
 def next_wakeup(world: World, now: float) -> float | None:
@@ -28,6 +32,8 @@ def next_wakeup(world: World, now: float) -> float | None:
     Always after ``now`` once everything that :func:`reconcile` gave has been committed.
     """
     times = [time for unit in world.units.values() for time in _timers(world, unit, now)]
+    if not world.stop:
+        times += [time for time in tier_timers(world, now) if time > now]
     return min(times, default=None)
 
 
@@ -98,47 +104,14 @@ def _watches(world: World, now: float) -> Iterator[Action]:
 
 
 def _is_checked(unit: Unit) -> bool:
-    return unit.kind != "preparation" and unit.state in ("starting", "ready")
+    return unit.kind != "preparation" and unit.state in ("starting", "ready", "asleep")
 
 
-def _launches(world: World, now: float) -> Iterator[Action]:
-    if world.stop:
-        return
-    waiting = [unit for unit in world.units.values() if _may_launch(world, unit, now)]
-    taken = Counter(unit.device for unit in world.of_kind("runner") if _takes_a_place(unit))
-    # The longest start first: it decides when all are ready.
-    for unit in sorted(waiting, key=lambda unit: -expected_s(world, unit)):
-        if unit.kind == "runner":
-            if taken[unit.device] >= world.policy.concurrent_starts:
-                continue
-            taken[unit.device] += 1
-        yield Launch(unit.id)
-
-
-def _takes_a_place(unit: Unit) -> bool:
-    """Loading, or (on a GPU) ending: who starts beside it would measure memory that is not back yet."""
-    return unit.starting or (unit.device.startswith("cuda") and unit.ending is not None)
-
-
-def _may_launch(world: World, unit: Unit, now: float) -> bool:
-    if not unit.wanted or unit.process is not None:
-        return False
-    if unit.state not in ("planned", "backoff") or now < unit.retry_at:
-        return False
-    if unit.kind == "preparation":
-        # Only for runners that are yet to start: those that live have their weights.
-        return any(user.needs == unit.id and user.process is None for user in world.of_kind("runner"))
-    if unit.needs is None:
-        return True
-    weights = world.units.get(unit.needs)
-    return weights is not None and weights.state == "ready"
-
-
-def expected_s(world: World, unit: Unit) -> float:
-    """Seconds from start to ready: as long as last time, else what the catalog says."""
-    if not isinstance(unit.plan, RunnerPlan):
-        return 0.0
-    return world.durations.get(unit.plan.model, unit.plan.entry.warm_up_s)
+def _starts(world: World, now: float) -> Iterator[Action]:
+    """Starts of what takes no device memory."""
+    for unit in world.units.values():
+        if unit.kind != "runner" and may_start(world, unit, now):
+            yield Launch(unit.id)
 
 
 def _timers(world: World, unit: Unit, now: float) -> Iterator[float]:

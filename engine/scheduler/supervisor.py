@@ -24,14 +24,22 @@ from engine.scheduler.messages import (
     Measured,
     Missed,
     Progressed,
+    Settle,
+    Sleep,
+    SleepFailed,
+    Slept,
     Sweep,
     Terminate,
+    UsageReported,
+    Wake,
+    WakeFailed,
     Warmed,
     WarmFailed,
     WarmUp,
+    Woken,
 )
 from engine.scheduler.plan import RunnerPlan
-from engine.scheduler.probe import ProbeError, Prober
+from engine.scheduler.probe import BusyError, ProbeError, Prober
 from engine.scheduler.reconcile import next_wakeup, reconcile
 from engine.scheduler.transitions import apply, commit
 from engine.scheduler.units import GatewayPlan, PreparationPlan, ProcessRef, Unit, World
@@ -128,8 +136,10 @@ class Supervisor:
 
     def _take(self, event: Event) -> None:
         unit = self.world.units.get(event.unit) if isinstance(event, Healthy) else None
-        # That what is well is still well, several times a second, is nothing to write or publish.
-        self._news = self._news or unit is None or unit.state != "ready"
+        # That what is well is still well, or what is in use, several times a second, is nothing to write or
+        # publish.
+        routine = isinstance(event, UsageReported) or (unit is not None and unit.state in ("ready", "asleep"))
+        self._news = self._news or not routine
         apply(self.world, event, self._clock.now())
 
     def _step(self) -> None:
@@ -153,6 +163,8 @@ class Supervisor:
                 self._spawn(self._check(unit, ref))
             case WarmUp() if ref:
                 self._spawn(self._warm(unit, ref))
+            case Sleep() | Wake() | Settle() if ref:
+                self._spawn(self._move(unit, ref, action))
             case Terminate() if ref:
                 log.info("%s: %s; ending process %d", unit.id, action.reason, ref.pid)
                 if unit.kind == "gateway" and self.world.stop:
@@ -250,6 +262,32 @@ class Supervisor:
             self.send(Warmed(unit.id, ref))
             await self._measure_one(unit.id, ref)
 
+    async def _move(self, unit: Unit, ref: ProcessRef, action: Sleep | Wake | Settle) -> None:
+        """Carries out a sleep or a wake; half-way ones are first asked which they were at."""
+        plan, limit = unit.plan, self.world.policy.wake_timeout_s
+        assert isinstance(plan, RunnerPlan), "only runners sleep"
+        sleeps = isinstance(action, Sleep)
+        event: Event
+        try:
+            if isinstance(action, Settle):
+                sleeps = await self._prober.is_sleeping(plan.spec.socket, limit)
+            if sleeps:
+                await self._prober.sleep(plan.spec.socket, limit)
+                event = Slept(unit.id, ref)
+            else:
+                await self._prober.wake(plan, limit)
+                event = Woken(unit.id, ref)
+        except BusyError as error:
+            event = SleepFailed(unit.id, ref, str(error), busy=True)
+        except ProbeError as error:
+            event = (SleepFailed if sleeps else WakeFailed)(unit.id, ref, str(error))
+        except Exception as error:  # whatever it is, the unit must not be left half asleep
+            log.exception("%s: %s failed in an unforeseen way", unit.id, "sleep" if sleeps else "wake")
+            event = (SleepFailed if sleeps else WakeFailed)(unit.id, ref, repr(error))
+        log.info("%s: %s", unit.id, _told(event))
+        self.send(event)
+        await self._measure_one(unit.id, ref)
+
     async def _follow_progress(self) -> None:
         while True:
             for unit in self.world.of_kind("preparation"):
@@ -268,5 +306,18 @@ class Supervisor:
             for unit, ref in processes:
                 await self._measure_one(unit, ref)
             await asyncio.to_thread(self._launcher.trim_logs)
-            steady = all(u.state == "ready" for u in self.world.units.values() if u.process)
+            steady = all(u.state in ("ready", "asleep") for u in self.world.units.values() if u.process)
             await asyncio.sleep(_MEASURE_STEADY_S if steady and processes else _MEASURE_WARMING_S)
+
+
+def _told(event: Event) -> str:
+    """A sleep's or wake's outcome for the log."""
+    match event:
+        case Slept():
+            return "asleep"
+        case SleepFailed(busy=True):
+            return f"not put to sleep: {event.reason}"
+        case SleepFailed() | WakeFailed():
+            return event.reason
+        case _:
+            return "awake and ready"

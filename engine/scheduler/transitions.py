@@ -156,8 +156,8 @@ def commit(world: World, action: Action, now: float) -> None:
             unit.withdrawal = None
             unit.become("ready", now)
             unit.check_due = now
-            if action.asked:
-                unit.awake_since = now
+            if action.asked or not unit.awake_since:
+                _awake(world, unit, now)
             if action.busy:
                 unit.spared_until = now + world.policy.spare_s
         case Sleep():
@@ -195,7 +195,8 @@ def apply(world: World, event: Event, now: float) -> None:
             _leave(world, event)
             return
         case UsageReported():
-            world.usage[event.worker] = Usage(event.version, event.replicas, event.models, now)
+            if any(unit.process and unit.process.pid == event.worker for unit in world.of_kind("gateway")):
+                world.usage[event.worker] = Usage(event.version, event.replicas, event.models, now)
             return
     unit = world.units.get(event.unit)
     if unit is None:
@@ -206,6 +207,8 @@ def apply(world: World, event: Event, now: float) -> None:
             unit.launches += 1
         case LaunchFailed():
             _count_failure(world, unit, now)
+            unit.placed = None
+            unit.awake = False
             unit.become("backoff", now, "its process could not be started")
             unit.detail = event.reason
         case Progressed():
@@ -278,7 +281,12 @@ def _warmed(world: World, unit: Unit, now: float) -> None:
         unit.become("draining", now, "loaded; falling asleep until it is asked for")
         return
     unit.become("ready", now)
+    _awake(world, unit, now)
+
+
+def _awake(world: World, unit: Unit, now: float) -> None:
     unit.awake_since = now
+    unit.awake_version = world.published
 
 
 def _moved(world: World, unit: Unit, event: Slept | SleepFailed | Woken | WakeFailed, now: float) -> None:
@@ -297,7 +305,7 @@ def _moved(world: World, unit: Unit, event: Slept | SleepFailed | Woken | WakeFa
                 world.wakes[unit.model] = now - unit.since
             unit.withdrawal = None
             unit.become("ready", now)
-            unit.awake_since = now
+            _awake(world, unit, now)
         case SleepFailed() if event.busy:
             unit.withdrawal = None
             unit.become("ready", now)
@@ -338,12 +346,15 @@ def _exited(world: World, unit: Unit, event: Exited, now: float) -> None:
 
 def _gone(world: World, unit: Unit, now: float) -> None:
     then = unit.ending.then if unit.ending else "backoff"
+    if unit.kind == "gateway" and unit.process:
+        world.usage.pop(unit.process.pid, None)
     unit.process = None
     unit.ending = None
     unit.checking = False
     unit.memory_bytes = None
     unit.placed = None
     unit.awake = False
+    unit.awake_since = 0.0
     _end_moves(unit)
     if unit.plan is None:
         del world.units[unit.id]

@@ -142,6 +142,8 @@ class Unit:
     awake: bool = False
     #: When it was ready last for a request that asked for it.
     awake_since: float = 0.0
+    #: The route table's version at that moment: a later one names it as ready.
+    awake_version: int = 0
     withdrawal: Withdrawal | None = None
     #: A call that puts it to sleep or wakes it is under way.
     moving: bool = False
