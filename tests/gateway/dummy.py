@@ -115,6 +115,10 @@ class DummyRunner:
         error = {"message": "asleep", "type": "service_unavailable_error", "code": "model_asleep"}
         return web.json_response({"error": {**error, "param": None}}, status=503)
 
+    async def _brief(self, request: web.Request, body: bytes) -> web.Response:
+        await asyncio.sleep(0.003)
+        return await self._echo(request, body)
+
     async def _slow(self, request: web.Request, body: bytes) -> web.Response:
         await self.go_on.wait()
         return await self._echo(request, body)

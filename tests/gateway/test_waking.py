@@ -311,6 +311,20 @@ async def test_one_that_sleeps_on_costs_the_bound_once(
         assert 2 <= runner.asleep <= 8
 
 
+async def test_all_waits_of_a_request_are_bounded_together(
+    tmp_path: Path, runner: DummyRunner, scheduler: FakeScheduler
+) -> None:
+    runner.behaviour = "asleep"
+    async with open_house(tmp_path, asleep(wake_wait_s=0.6)) as house:
+        began = asyncio.get_running_loop().time()
+        asking = asyncio.create_task(house.post(CHAT, ASK))
+        await asyncio.sleep(0.4)
+        house.serve(awake("dummy", runner, wake_wait_s=0.6))
+        assert (await asking)[0] == 503
+        assert 0.6 <= asyncio.get_running_loop().time() - began < 0.95
+        assert runner.asleep == 1
+
+
 async def test_a_sleeping_runner_of_a_model_not_to_be_waited_for_is_a_503(
     house: House, runner: DummyRunner
 ) -> None:
