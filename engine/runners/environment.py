@@ -110,6 +110,8 @@ def _vllm(spec: RunnerSpec) -> dict[str, str]:
     if spec.device.startswith("cpu"):
         # Unbound: several servers share the same cores, and binding would pin all of them to the first ones.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # The ranks of a replica meet on this machine only, whatever its host name resolves to.
+        env |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
         # Then workers that do not leave by themselves get SIGTERM; no GPU memory has to be given back.
         env["VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"] = "1"
         if _eager(spec):

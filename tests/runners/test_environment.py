@@ -40,6 +40,7 @@ def test_a_runner_on_cpu_sees_no_gpu_and_compiles_nothing_when_eager() -> None:
     env = runner_environment(spec, {"CUDA_VISIBLE_DEVICES": "0"})
     assert env["CUDA_VISIBLE_DEVICES"] == "" and env["TORCH_COMPILE_DISABLE"] == "1"
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert env["VLLM_HOST_IP"] == "127.0.0.1" and env["GLOO_SOCKET_IFNAME"] == "lo"
     assert "VLLM_LOGGING_LEVEL" not in runner_environment(make_spec(engine="diffusers"), {})
 
 
@@ -127,6 +128,28 @@ def test_finding_torchvision_does_not_import_torch(tmp_path: Path) -> None:
         "import importlib.util, sys; importlib.util.find_spec('torchvision'); print('torch' in sys.modules)"
     )
     assert output(code, SHIM, packages) == "False"
+
+
+FAKE_COMMUNICATOR = """
+class _CPUSHMDistributed:
+    @staticmethod
+    def make_group_name(communicator): return f"vllm_dist_1-{communicator}"
+    def __init__(self, communicator): self.name = self.make_group_name(communicator)
+"""
+
+
+def test_memory_that_ranks_share_is_named_after_the_runner(tmp_path: Path) -> None:
+    folder = tmp_path / "vllm" / "distributed" / "device_communicators"
+    folder.mkdir(parents=True)
+    for package in (folder, folder.parent, folder.parent.parent):
+        (package / "__init__.py").touch()
+    (folder / "cpu_communicator.py").write_text(FAKE_COMMUNICATOR)
+    code = (
+        "from vllm.distributed.device_communicators import cpu_communicator as c;"
+        "print(c._CPUSHMDistributed('tp').name)"
+    )
+    assert output(code, SHIM, tmp_path, _HEARTH_SHM="hearth-a-b-") == "hearth-a-b-vllm_dist_1-tp"
+    assert output(code, SHIM, tmp_path, _HEARTH_SHM="") == "vllm_dist_1-tp"
 
 
 def test_another_sitecustomize_still_runs(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ The folder is on the runner's PYTHONPATH. Repairs, all idle where they are not n
 - **torchaudio** and **torchcodec** are CUDA builds too, and libraries import them wherever they are found.
   Nothing here needs them: beside a CPU torch, those linked to CUDA are made to look absent.
 - **shared memory** and semaphores get names that begin with ``_HEARTH_SHM``, so that what a killed process
-  leaves can be found (``engine/runners/scratch.py``).
+  leaves can be found (``engine/runners/scratch.py``). vLLM's ranks on a CPU share memory past Python: their
+  group's name gets the same beginning.
 - **orphans**: vLLM's engine processes outlive an API server that is killed. A process that finds its group's
   leader in ``_HEARTH_LEADER`` ("PID:START TIME") ends itself when the leader is gone.
 
@@ -24,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -40,13 +41,13 @@ _SCHEMAS = (
 _kept: list[Any] = []
 
 
-class _TorchvisionFinder(MetaPathFinder):
-    """Finds torchvision as usual, with a loader that repairs first."""
+class _RepairingFinder(MetaPathFinder):
+    """Finds the modules that have a repair as usual, with a loader that repairs them."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "torchvision":
+        if fullname not in _BEFORE and fullname not in _AFTER:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
@@ -55,7 +56,7 @@ class _TorchvisionFinder(MetaPathFinder):
 
 
 class _RepairingLoader(Loader):
-    """Another loader, with the repair before the module runs."""
+    """Another loader, with a repair before or after the module runs."""
 
     def __init__(self, inner: Loader) -> None:
         self._inner = inner
@@ -70,8 +71,31 @@ class _RepairingLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._inner
         module.__loader__ = self._inner
-        define_missing_schemas(module.__path__)
+        if before := _BEFORE.get(module.__name__):
+            before(module)
         self._inner.exec_module(module)
+        if after := _AFTER.get(module.__name__):
+            after(module)
+
+
+def _repair_torchvision(module: ModuleType) -> None:
+    define_missing_schemas(module.__path__)
+
+
+def _name_rank_memory(module: ModuleType) -> None:
+    """Lets the names of the memory that vLLM's ranks on a CPU share begin with ``_HEARTH_SHM``."""
+    prefix = os.environ.get("_HEARTH_SHM", "")
+    distributed: Any = getattr(module, "_CPUSHMDistributed", None)
+    # Undocumented: where a later vLLM has no such class or method, its own names are used.
+    if prefix and hasattr(distributed, "make_group_name"):
+        own: Callable[[Any], str] = distributed.make_group_name
+        distributed.make_group_name = staticmethod(lambda communicator: prefix + own(communicator))
+
+
+_BEFORE: dict[str, Callable[[ModuleType], None]] = {"torchvision": _repair_torchvision}
+_AFTER: dict[str, Callable[[ModuleType], None]] = {
+    "vllm.distributed.device_communicators.cpu_communicator": _name_rank_memory
+}
 
 
 def define_missing_schemas(folders: Sequence[str]) -> bool:
@@ -186,8 +210,8 @@ def _run_next_sitecustomize() -> None:
 
 def install() -> None:
     """Repairs the imports of this process; a second call does nothing."""
-    if not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TorchvisionFinder())
+    if not any(isinstance(finder, _RepairingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RepairingFinder())
         hide_cuda_builds(("torchaudio", "torchcodec"))
 
 

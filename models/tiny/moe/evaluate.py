@@ -1,7 +1,7 @@
 """Scores the model on held-out questions: `python -m models.tiny.moe.evaluate [--base-url URL --model NAME]`.
 
-With a base URL the questions go to a running OpenAI-format endpoint, so that what is scored is the model as it
-is served; without one the folder's weights answer in this process. An answer is right when it equals the
+With a base URL the questions go to a running OpenAI-format endpoint, so that what is scored is the model as
+it is served; without one the folder's weights answer in this process. An answer is right when it equals the
 expected text. Held out are questions that training never draws: see `questions.Question.held_out`.
 """
 

@@ -1,4 +1,4 @@
-"""Writes the trained model as a Hugging Face folder: `python -m models.tiny.moe.export [--checkpoint FILE]`."""
+"""Writes the trained model as a Hugging Face folder: `python -m models.tiny.moe.export`."""
 
 from __future__ import annotations
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORDS: tuple[str, ...] = tuple(
+_WORDS = (
     "apple ball bird boat book bread chair cloud coat corn cup dog door duck egg fish flag flower fork fox "
     "glass goat hat horse house key king lake lamp leaf lion map milk moon mouse nest night orange pear pen "
-    "pig plum queen rain ring river road rose ship shoe snow star stone sun table tiger train tree wolf".split()
+    "pig plum queen rain ring river road rose ship shoe snow star stone sun table tiger train tree wolf"
 )
+WORDS: tuple[str, ...] = tuple(_WORDS.split())
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     "January", "February", "March", "April", "May", "June",
@@ -43,11 +44,12 @@ TABLES: tuple[Table, ...] = (
         ),
         "{A} is {b}.",
         _pairs(
-            "grass:green, the sky:blue, snow:white, blood:red, coal:black, a banana:yellow, a carrot:orange, "
-            "the sun:yellow, the sea:blue, milk:white, chocolate:brown, a tomato:red, a lemon:yellow, "
-            "a frog:green, an elephant:gray, a raven:black, salt:white, a strawberry:red, a flamingo:pink, "
-            "a pumpkin:orange, a cucumber:green, gold:yellow, a polar bear:white, a mouse:gray, a violet:purple, "
-            "an aubergine:purple, soil:brown, a leaf:green, a fire engine:red, night:black"
+            "grass:green, the sky:blue, snow:white, blood:red, coal:black, a banana:yellow, a "
+            "carrot:orange, the sun:yellow, the sea:blue, milk:white, chocolate:brown, a tomato:red, a "
+            "lemon:yellow, a frog:green, an elephant:gray, a raven:black, salt:white, a strawberry:red, a "
+            "flamingo:pink, a pumpkin:orange, a cucumber:green, gold:yellow, a polar bear:white, a "
+            "mouse:gray, a violet:purple, an aubergine:purple, soil:brown, a leaf:green, a fire "
+            "engine:red, night:black"
         ),
     ),
     Table(
@@ -65,7 +67,8 @@ TABLES: tuple[Table, ...] = (
             for a, b in _pairs(
                 "hot:cold, big:small, up:down, fast:slow, day:night, open:closed, full:empty, old:new, "
                 "light:dark, high:low, wet:dry, hard:soft, happy:sad, long:short, early:late, loud:quiet, "
-                "rich:poor, strong:weak, true:false, left:right, near:far, clean:dirty, thick:thin, first:last"
+                "rich:poor, strong:weak, true:false, left:right, near:far, clean:dirty, thick:thin, "
+                "first:last"
             )
             for pair in ((a, b), (b, a))
         ),
@@ -82,10 +85,11 @@ TABLES: tuple[Table, ...] = (
         "The capital of {a} is {b}.",
         _pairs(
             "France:Paris, Germany:Berlin, Italy:Rome, Spain:Madrid, Portugal:Lisbon, Austria:Vienna, "
-            "Poland:Warsaw, Greece:Athens, Norway:Oslo, Sweden:Stockholm, Finland:Helsinki, Denmark:Copenhagen, "
-            "Ireland:Dublin, England:London, Belgium:Brussels, Hungary:Budapest, Russia:Moscow, Japan:Tokyo, "
-            "China:Beijing, India:New Delhi, Egypt:Cairo, Kenya:Nairobi, Canada:Ottawa, Mexico:Mexico City, "
-            "Brazil:Brasilia, Argentina:Buenos Aires, Peru:Lima, Chile:Santiago, Cuba:Havana, Turkey:Ankara"
+            "Poland:Warsaw, Greece:Athens, Norway:Oslo, Sweden:Stockholm, Finland:Helsinki, "
+            "Denmark:Copenhagen, Ireland:Dublin, England:London, Belgium:Brussels, Hungary:Budapest, "
+            "Russia:Moscow, Japan:Tokyo, China:Beijing, India:New Delhi, Egypt:Cairo, Kenya:Nairobi, "
+            "Canada:Ottawa, Mexico:Mexico City, Brazil:Brasilia, Argentina:Buenos Aires, Peru:Lima, "
+            "Chile:Santiago, Cuba:Havana, Turkey:Ankara"
         ),
     ),
     Table(
@@ -99,9 +103,10 @@ TABLES: tuple[Table, ...] = (
         ),
         "{A} says {b}.",
         _pairs(
-            "a cow:moo, a dog:woof, a cat:meow, a sheep:baa, a duck:quack, a pig:oink, a lion:roar, "
-            "a snake:hiss, a frog:croak, a bee:buzz, an owl:hoot, a horse:neigh, a rooster:cock-a-doodle-doo, "
-            "a mouse:squeak, a crow:caw, a wolf:howl, a donkey:hee-haw, a chick:peep, a turkey:gobble, a dove:coo"
+            "a cow:moo, a dog:woof, a cat:meow, a sheep:baa, a duck:quack, a pig:oink, a lion:roar, a "
+            "snake:hiss, a frog:croak, a bee:buzz, an owl:hoot, a horse:neigh, a "
+            "rooster:cock-a-doodle-doo, a mouse:squeak, a crow:caw, a wolf:howl, a donkey:hee-haw, a "
+            "chick:peep, a turkey:gobble, a dove:coo"
         ),
     ),
     Table(
@@ -116,7 +121,8 @@ TABLES: tuple[Table, ...] = (
         "A young {a} is called a {b}.",
         _pairs(
             "cat:kitten, dog:puppy, cow:calf, horse:foal, sheep:lamb, goat:kid, pig:piglet, duck:duckling, "
-            "goose:gosling, hen:chick, bear:cub, deer:fawn, frog:tadpole, kangaroo:joey, swan:cygnet, lion:cub"
+            "goose:gosling, hen:chick, bear:cub, deer:fawn, frog:tadpole, kangaroo:joey, swan:cygnet, "
+            "lion:cub"
         ),
     ),
     Table(
@@ -130,12 +136,13 @@ TABLES: tuple[Table, ...] = (
         ),
         "A {a} is {b}.",
         _pairs(
-            "carrot:a vegetable, banana:a fruit, hammer:a tool, violin:an instrument, rose:a flower, oak:a tree, "
-            "trout:a fish, sparrow:a bird, ant:an insect, truck:a vehicle, chair:a piece of furniture, "
-            "shirt:a piece of clothing, pear:a fruit, onion:a vegetable, saw:a tool, piano:an instrument, "
-            "tulip:a flower, pine:a tree, salmon:a fish, eagle:a bird, beetle:an insect, bus:a vehicle, "
-            "table:a piece of furniture, coat:a piece of clothing, plum:a fruit, turnip:a vegetable, "
-            "drum:an instrument, daisy:a flower, birch:a tree, shark:a fish, swallow:a bird, wasp:an insect"
+            "carrot:a vegetable, banana:a fruit, hammer:a tool, violin:an instrument, rose:a flower, oak:a "
+            "tree, trout:a fish, sparrow:a bird, ant:an insect, truck:a vehicle, chair:a piece of "
+            "furniture, shirt:a piece of clothing, pear:a fruit, onion:a vegetable, saw:a tool, piano:an "
+            "instrument, tulip:a flower, pine:a tree, salmon:a fish, eagle:a bird, beetle:an insect, bus:a "
+            "vehicle, table:a piece of furniture, coat:a piece of clothing, plum:a fruit, turnip:a "
+            "vegetable, drum:an instrument, daisy:a flower, birch:a tree, shark:a fish, swallow:a bird, "
+            "wasp:an insect"
         ),
     ),
     Table(
@@ -148,8 +155,8 @@ TABLES: tuple[Table, ...] = (
         ),
         "A {a} has {b} legs.",
         _pairs(
-            "dog:4, cat:4, bird:2, spider:8, ant:6, horse:4, duck:2, bee:6, cow:4, fly:6, hen:2, snake:0, fish:0, "
-            "mouse:4, goose:2, beetle:6"
+            "dog:4, cat:4, bird:2, spider:8, ant:6, horse:4, duck:2, bee:6, cow:4, fly:6, hen:2, snake:0, "
+            "fish:0, mouse:4, goose:2, beetle:6"
         ),
     ),
 )

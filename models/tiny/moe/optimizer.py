@@ -21,7 +21,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
     """Nearly the orthogonal part of each matrix of (..., rows, columns), whatever its length."""
     wide = matrices.mT if matrices.shape[-2] > matrices.shape[-1] else matrices
-    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    x: Tensor = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
         x = _A * x + (_B * square + _C * square @ square) @ x
