@@ -28,6 +28,7 @@ from engine.runners.base import Runner, endpoint, serve
 from engine.runners.batching import Batcher, Work
 from engine.runners.endpoints import EventStream, event
 from engine.runners.instruments import Instruments
+from engine.runners.memory import give_back
 from engine.runners.spec import RunnerSpec
 
 _MAX_FIELDS: Final = 64
@@ -91,6 +92,22 @@ class WhisperEngine:
         if self.options.vad:
             get_vad_model()
 
+    def sleep(self) -> None:
+        """Gives the model's memory back; the tokenizer and the voice detector (2 MB) stay.
+
+        On a GPU the weights wait in host memory; on a CPU CTranslate2 reads its file again.
+        """
+        self._whisper.unload_model(to_cpu=self.spec.device.startswith("cuda"))
+        give_back()
+
+    def wake(self) -> None:
+        """Takes the memory again.
+
+        Raises:
+            RuntimeError: the file has gone, or the device has not enough memory.
+        """
+        self._whisper.load_model()
+
     def take(self, model: Any) -> None:
         """Makes ``model`` (a ``WhisperModel``) gather its calls with those of other clips."""
         # Text of a prompt that looks like a control token ("<|endoftext|>") must stay text.
@@ -111,6 +128,9 @@ class WhisperEngine:
         self._calls = runner.batcher(
             lambda key, works: self._run(key, works), max_queue=most, observer=_Batches(runner.metrics)
         )
+
+        # A clip whose client has gone runs on to its next call of the model.
+        runner.sleeper.stays_awake_while(lambda: self._slots.busy)
 
         async def transcriptions(request: Request) -> Response:
             return await self._answer(request, "transcribe")

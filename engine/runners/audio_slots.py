@@ -92,8 +92,14 @@ class Slots:
         self._metrics = metrics
         self._free = asyncio.Semaphore(most)
         self._waiting = 0
+        self._running = 0
         self._seconds = 0.0  # moving average of a job, for retry-after
         self._threads = concurrent.futures.ThreadPoolExecutor(most, thread_name_prefix="clip")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job waits or runs, its client gone or not."""
+        return self._waiting > 0 or self._running > 0
 
     async def stream(self, job: Callable[[], Iterable[T]]) -> AsyncGenerator[T, None]:
         """What the job yields, as it comes. Closing the iterator or cancelling its task stops the job.
@@ -116,6 +122,7 @@ class Slots:
                     loop.call_soon_threadsafe(things.put_nowait, thing)
 
         started = loop.time()
+        self._running += 1
         running: asyncio.Future[Any] = loop.run_in_executor(
             self._threads, contextvars.copy_context().run, work
         )
@@ -160,6 +167,7 @@ class Slots:
 
     def _left(self, done: asyncio.Future[None], seconds: float) -> None:
         self._free.release()
+        self._running -= 1
         self._seconds = seconds if not self._seconds else 0.7 * self._seconds + 0.3 * seconds
         if not done.cancelled():
             done.exception()  # marks it as seen: after a cancellation nobody reads it

@@ -1,7 +1,7 @@
 """What the runners that are not vLLM share: an OpenAI-format server on a Unix socket around one engine.
 
 A runner module gives an :class:`Engine` and calls :func:`serve`. The base brings readiness, batching,
-cancellation of work whose client has gone, error envelopes, metrics and the drain at SIGTERM.
+cancellation of work whose client has gone, sleeping, error envelopes, metrics and the drain at SIGTERM.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from engine.runners.endpoints import endpoint, plain_routes
 from engine.runners.environment import ensure_environment
 from engine.runners.instruments import Instruments
 from engine.runners.logs import set_up_logging
+from engine.runners.sleeping import Sleeper, sleep_routes
 from engine.runners.spec import RunnerSpec
 
 __all__ = ["Engine", "Runner", "endpoint", "serve"]
@@ -54,6 +55,15 @@ class Engine(Protocol):
     def routes(self, runner: Runner) -> list[Route]:
         """The engine's HTTP routes, each made with :func:`endpoint`; called once, before :meth:`load`."""
 
+    def sleep(self) -> None:
+        """Gives the weights' memory back; called in a thread, only when no request is in hand.
+
+        Called only where ``spec.can_sleep``. If it raises, the runner counts as failed and is restarted.
+        """
+
+    def wake(self) -> None:
+        """Takes the memory again after :meth:`sleep`: answers are then what they were. Called in a thread."""
+
 
 class Runner:
     """One runner process: its specification, state, metrics and thread pool."""
@@ -62,6 +72,8 @@ class Runner:
         self.spec = spec
         self.state = "loading"
         self.metrics = Instruments()
+        self.sleeper = Sleeper(spec.model, self.metrics)
+        self.sleeper.stays_awake_while(lambda: self.busy)
         self.failed = False
         self._batchers: list[Batcher[Any, Any]] = []
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="offload")
@@ -80,6 +92,25 @@ class Runner:
         made: Batcher[Any, Any] = Batcher(run, **(sizes | over))
         self._batchers.append(made)
         return made
+
+    @property
+    def busy(self) -> bool:
+        """Whether a batcher has work, which may outlast its client: a model call cannot be interrupted."""
+        return any(batcher.waiting or batcher.running for batcher in self._batchers)
+
+    @property
+    def status(self) -> str:
+        """What ``GET /health`` says: "ok", "loading", "stopping", "failed", or a phase of sleep."""
+        return self.state if self.state != "ok" or not self.sleeper.is_sleeping else self.sleeper.phase
+
+    def loading(self) -> ApiError:
+        """The answer to whoever comes before the model is loaded."""
+        return ApiError(
+            503,
+            f"{self.spec.model} is loading. Try again in a few seconds.",
+            code="model_loading",
+            headers={"retry-after": "2"},
+        )
 
     def check_model(self, name: object) -> None:
         """Raises ApiError: 400 without a name, 404 unless it is this runner's model or one of its aliases."""
@@ -140,7 +171,8 @@ def make_app(engine: Engine, runner: Runner, on_failure: Callable[[], None] = la
         await asyncio.wait([loading])
         await runner.close()
 
-    routes: list[BaseRoute] = [*engine.routes(runner), *plain_routes(runner)]
+    sleeping = sleep_routes(runner, engine) if runner.spec.can_sleep else []
+    routes: list[BaseRoute] = [*engine.routes(runner), *sleeping, *plain_routes(runner)]
     app = Starlette(routes=routes, lifespan=lifespan)
     app.state.runner = runner
     return app

@@ -53,6 +53,10 @@ class Detects(Protocol):
 
     def predict(self, pictures: Sequence[Picture], filters: Filters) -> list[Found]: ...
 
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
 
 class DetectionEngine:
     """Serves one detection model."""
@@ -65,6 +69,12 @@ class DetectionEngine:
 
     def load(self) -> None:
         self._detector = self._make(self._spec)
+
+    def sleep(self) -> None:
+        self._detector.sleep()
+
+    def wake(self) -> None:
+        self._detector.wake()
 
     def routes(self, runner: Runner) -> list[Route]:
         batcher = runner.batcher(self.run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,11 @@ from engine.runners.detection_answer import Detection, Found
 from engine.runners.detection_library import load
 from engine.runners.detection_request import Filters, Names
 from engine.runners.media import decode_image
+from engine.runners.memory import give_back
 from engine.runners.spec import RunnerSpec
+
+if TYPE_CHECKING:
+    from engine.runners.parked_weights import ParkedWeights
 
 #: Side in pixels of the square that pictures are fitted into, ultralytics' own default.
 DEFAULT_SIZE = 640
@@ -59,20 +63,18 @@ class Detector:
         ValueError: the model does not detect boxes.
     """
 
+    _model: Any  # an ultralytics.YOLO; None while asleep on a CPU
+    _predictor: Any
+
     def __init__(self, spec: RunnerSpec) -> None:
+        self._spec = spec
         # The environment already limits the visible GPUs to this runner's own.
         self._device = "cuda:0" if spec.device.startswith("cuda") else "cpu"
-        self._model: Any = load(spec.model_dir, self._device, settings=spec.socket.parent / "ultralytics")
-        import torch
-
         self._size = int(spec.options.get("image_size", DEFAULT_SIZE))
         self._half = bool(spec.options.get("half", False))
-        self._predictor = _one_by_one_predictor()
+        self._weights: ParkedWeights | None = None
+        self._load()
         self._names: dict[int, str] = dict(self._model.names)
-        # The first prediction builds the fused network; ultralytics sets its own thread count with it.
-        blank = Picture(np.zeros((self._size, self._size, 3), np.uint8), self._size, self._size)
-        self.predict([blank], Filters())
-        torch.set_num_threads(spec.threads)
 
     @property
     def names(self) -> Names:
@@ -100,6 +102,47 @@ class Detector:
             verbose=False,
         )
         return [self._found(picture, result) for picture, result in zip(pictures, results, strict=True)]
+
+    def sleep(self) -> None:
+        """Gives the network's memory back.
+
+        On a CPU the network itself goes: what it computes with (layers fused, floats of 32 bits) stands in no
+        file that could be mapped.
+        """
+        if self._device == "cpu":
+            self._model = self._predictor = None
+            give_back(cycles=True)
+            return
+        if self._weights is None:
+            from engine.runners.parked_weights import ParkedWeights
+
+            # The network as it was loaded, and the fused copy of it that predicts.
+            networks = [self._model.model, self._model.predictor.model.backend.model]
+            self._weights = ParkedWeights(networks, self._spec.model_dir)
+        self._weights.put_away()
+
+    def wake(self) -> None:
+        """Takes the memory again.
+
+        Raises:
+            OSError: the weights have gone.
+            RuntimeError: the device has not enough memory.
+        """
+        if self._weights is not None:
+            self._weights.take_back()
+        elif self._model is None:
+            self._load()
+
+    def _load(self) -> None:
+        settings = self._spec.socket.parent / "ultralytics"
+        self._model = load(self._spec.model_dir, self._device, settings=settings)
+        import torch
+
+        self._predictor = _one_by_one_predictor()
+        # The first prediction builds the fused network; ultralytics sets its own thread count with it.
+        blank = Picture(np.zeros((self._size, self._size, 3), np.uint8), self._size, self._size)
+        self.predict([blank], Filters())
+        torch.set_num_threads(self._spec.threads)
 
     def _found(self, picture: Picture, result: Any) -> Found:
         boxes = result.boxes.cpu().numpy()

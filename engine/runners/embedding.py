@@ -43,6 +43,10 @@ class Encodes(Protocol):
 
     def encode(self, tokens: Rows) -> Vectors: ...
 
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
 
 class EmbeddingEngine:
     """Serves one embedding model."""
@@ -57,6 +61,12 @@ class EmbeddingEngine:
 
     def load(self) -> None:
         self._encoder = self._make(self._spec)
+
+    def sleep(self) -> None:
+        self._encoder.sleep()
+
+    def wake(self) -> None:
+        self._encoder.wake()
 
     def routes(self, runner: Runner) -> list[Route]:
         batcher = runner.batcher(self.run, weigh=self._share, max_weight=1000)

@@ -25,6 +25,8 @@ class Encoder:
         import torch
         from sentence_transformers import SentenceTransformer
 
+        from engine.runners.parked_weights import ParkedWeights
+
         if not spec.model_dir.is_dir():
             raise FileNotFoundError(f"{spec.model_dir} is not a folder with a sentence-transformers model")
         torch.set_num_threads(spec.threads)
@@ -50,6 +52,7 @@ class Encoder:
         self._prompt: str = self._model.prompts.get(name) or "" if name else ""
         bare = self._ids(["a"], specials=False)[0]
         whole = self._ids(["a"], specials=True)[0]
+        self._weights = ParkedWeights([self._model], spec.model_dir)
         start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
         self._before, self._after = whole[:start], whole[start + len(bare) :]
 
@@ -70,6 +73,14 @@ class Encoder:
             vectors = self._model(moved)["sentence_embedding"].float()
             unit: NDArray[np.float32] = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
         return unit
+
+    def sleep(self) -> None:
+        """Gives the weights' memory back; the tokenizer stays."""
+        self._weights.put_away()
+
+    def wake(self) -> None:
+        """Takes the weights back, see :class:`ParkedWeights` for what may go wrong."""
+        self._weights.take_back()
 
     def _is_whole(self, row: list[int]) -> bool:
         before, after = self._before, self._after

@@ -37,7 +37,7 @@ CLIENT_GONE = 499  # nginx's number; only ever seen in metrics and logs
 def endpoint(handler: Handler) -> ASGIApp:
     """Makes an ASGI endpoint of ``async def handler(request) -> Response``, for Starlette's ``Route``.
 
-    - 503 until the model is loaded;
+    - 503 until the model is loaded, and while it is not awake; keeps it awake to the answer's last byte;
     - ``ApiError`` and form errors become OpenAI's envelope; any other exception is logged with its traceback
       and answered 500 without it; in the middle of an event stream, either becomes a ``data: {"error": …}``
       event;
@@ -59,15 +59,17 @@ class _Endpoint:
         token = request_id.set(exchange.id)
         started = time.perf_counter()
         try:
-            with metrics.in_flight.track_inprogress():
-                await self._exchange(scope, receive, exchange, runner)
+            with metrics.in_flight.track_inprogress(), runner.sleeper.visit() as refusal:
+                await self._exchange(scope, receive, exchange, runner, refusal)
         finally:
             seconds = time.perf_counter() - started
             metrics.answered(exchange.status, seconds)
             log.info("%s %s %d %.3f s", scope["method"], scope["path"], exchange.status, seconds)
             request_id.reset(token)
 
-    async def _exchange(self, scope: Scope, receive: Receive, exchange: _Exchange, runner: Runner) -> None:
+    async def _exchange(
+        self, scope: Scope, receive: Receive, exchange: _Exchange, runner: Runner, refusal: ApiError | None
+    ) -> None:
         gone = asyncio.Event()
         try:
             body = await _read_body(receive)
@@ -76,6 +78,9 @@ class _Endpoint:
             return
         if body is None:
             exchange.status = CLIENT_GONE
+            return
+        if refusal is not None:  # only now: a client that still sends would not read it
+            await exchange.fail(refusal)
             return
         answering = asyncio.create_task(self._answer(scope, _replay(body, gone), exchange, runner))
         watching = asyncio.create_task(_until_disconnect(receive, gone))
@@ -99,12 +104,7 @@ class _Endpoint:
         request = Request(scope, receive)
         try:
             if runner.state == "loading":
-                raise ApiError(
-                    503,
-                    f"{runner.spec.model} is loading. Try again in a few seconds.",
-                    code="model_loading",
-                    headers={"retry-after": "2"},
-                )
+                raise runner.loading()
             response = await self._handler(request)
             await response(scope, receive, exchange.send)
         except ApiError as error:
@@ -249,8 +249,8 @@ def plain_routes(runner: Runner) -> list[BaseRoute]:
     """Health, metrics and the model list: what every runner answers, also while loading."""
 
     async def health(_: Request) -> Response:
-        ok = runner.state == "ok"
-        body = {"status": runner.state, "model": runner.spec.model, "category": runner.spec.category}
+        ok = runner.status not in ("loading", "stopping", "failed")  # asleep is well, too
+        body = {"status": runner.status, "model": runner.spec.model, "category": runner.spec.category}
         return JSONResponse(body, 200 if ok else 503)
 
     async def metrics(_: Request) -> Response:

@@ -45,6 +45,10 @@ class Paints(Protocol):
 
     def paint(self, pictures: Sequence[Picture], manner: Manner, on_step: OnStep) -> list[Image.Image]: ...
 
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Job:
@@ -75,6 +79,12 @@ class ImageEngine:
 
     def load(self) -> None:
         self._painter = self._make(self._spec)
+
+    def sleep(self) -> None:
+        self._painter.sleep()
+
+    def wake(self) -> None:
+        self._painter.wake()
 
     def routes(self, runner: Runner) -> list[Route]:
         batcher = runner.batcher(self.run)

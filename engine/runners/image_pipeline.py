@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +19,9 @@ from engine.errors import nearest
 from engine.runners.image_request import Abilities
 from engine.runners.image_size import Limits, Size, parse_size
 from engine.runners.spec import RunnerSpec
+
+if TYPE_CHECKING:
+    from engine.runners.parked_weights import ParkedWeights
 
 log = logging.getLogger("hearth.runner")
 
@@ -82,10 +85,12 @@ OnStep = Callable[[int, Callable[[], list[Image.Image] | None]], None]
 
 
 class Painter:
-    """A loaded text-to-image pipeline."""
+    """A loaded text-to-image pipeline; ``folder`` holds the weights that it comes back from after a sleep."""
 
-    def __init__(self, pipeline: Any, options: ImageOptions) -> None:
+    def __init__(self, pipeline: Any, options: ImageOptions, folder: Path = Path()) -> None:
         self._pipeline = pipeline
+        self._folder = folder
+        self._weights: ParkedWeights | None = None
         self._parameters = inspect.signature(pipeline.__call__).parameters
         self._factor = int(getattr(pipeline, "vae_scale_factor", 8))
         self.abilities = self._abilities(options)
@@ -130,6 +135,22 @@ class Painter:
             asked["callback_on_step_end"] = after
         painted: list[Image.Image] = self._pipeline(**asked).images
         return painted
+
+    def sleep(self) -> None:
+        """Gives the memory of all parts' weights back; tokenizers and schedulers stay."""
+        from torch.nn import Module
+
+        from engine.runners.parked_weights import ParkedWeights
+
+        if self._weights is None:
+            parts = [part for part in self._pipeline.components.values() if isinstance(part, Module)]
+            self._weights = ParkedWeights(parts, self._folder)
+        self._weights.put_away()
+
+    def wake(self) -> None:
+        """Takes the weights back, see :class:`ParkedWeights` for what may go wrong."""
+        if self._weights is not None:
+            self._weights.take_back()
 
     def _preview(self, latents: Any) -> list[Image.Image] | None:
         """The pictures in the middle of painting; None for pipelines that pack their latents."""
@@ -239,4 +260,4 @@ def load_painter(spec: RunnerSpec) -> Painter:
         pipeline.enable_model_cpu_offload()
     elif on_gpu and not several:
         pipeline.to("cuda")  # CUDA_VISIBLE_DEVICES leaves this process no other
-    return Painter(pipeline, options)
+    return Painter(pipeline, options, folder)

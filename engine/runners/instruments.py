@@ -11,7 +11,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Instruments:
-    """The metrics of one runner; also the observer of its batchers."""
+    """The metrics of one runner; also the observer of its batchers and of its sleep."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -41,6 +41,19 @@ class Instruments:
             registry=registry,
         )
 
+        self.asleep = Gauge(
+            "hearth_runner_asleep", "1 while its memory is given back, else 0.", registry=registry
+        )
+        self.sleep_seconds = Histogram(
+            "hearth_runner_sleep_seconds",
+            "Seconds it took to fall asleep.",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.wake_seconds = Histogram(
+            "hearth_runner_wake_seconds", "Seconds it took to wake.", buckets=_SECONDS, registry=registry
+        )
+
     def queued(self, waiting: int) -> None:
         self.queue_waiting.set(waiting)
 
@@ -53,6 +66,14 @@ class Instruments:
     def answered(self, status: int, seconds: float) -> None:
         self.requests.labels(status=str(status)).inc()
         self.request_seconds.observe(seconds)
+
+    def slept(self, seconds: float) -> None:
+        self.asleep.set(1)
+        self.sleep_seconds.observe(seconds)
+
+    def woke(self, seconds: float) -> None:
+        self.asleep.set(0)
+        self.wake_seconds.observe(seconds)
 
     def text(self) -> bytes:
         """Prometheus text format."""
