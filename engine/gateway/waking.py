@@ -21,6 +21,8 @@ log = logging.getLogger("hearth.gateway")
 
 #: States out of which a model that may be waited for becomes ready by itself or by being asked for.
 _COMES_BACK = frozenset({"planned", "starting", "warming", "ready", "asleep", "waking", "draining"})
+#: Answers to a call that another call would not change: unknown, never asleep, the server is stopping.
+_REFUSALS = frozenset({404, 409, 503})
 #: The longest wait between two calls for one model while the scheduler is away, seconds.
 _MOST_BACKOFF_S = 1.0
 #: Bodies of all waiting requests of one worker together, bytes.
@@ -196,7 +198,7 @@ class Waking:
             except AWAY as error:
                 log.info("%s cannot be woken, the scheduler is away: %s", wake.model, error)
             else:
-                if status in (404, 409):
+                if status in _REFUSALS:
                     wake.refusal = refusal(body)
                     log.warning("%s cannot be woken: %s", wake.model, wake.refusal)
                     wake.tell()

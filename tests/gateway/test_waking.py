@@ -177,6 +177,13 @@ async def test_a_model_that_cannot_be_woken_says_why_at_once(
         assert len(scheduler.wakes) == 2
 
 
+async def test_a_server_that_stops_keeps_nobody_waiting(tmp_path: Path, scheduler: FakeScheduler) -> None:
+    scheduler.answers["dummy"] = (503, {"error": {"message": "Hearth is stopping."}})
+    async with open_house(tmp_path, asleep()) as house:
+        status, body, _ = await house.post(CHAT, ASK)
+        assert (status, body["error"]["loading"]["reason"]) == (503, "Hearth is stopping")
+
+
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
