@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from engine.planner.asleep import sleep_of
 from engine.planner.filters import FILTERS
 from engine.planner.fleet import Fleet, Group, Item, Move
 from engine.planner.hardware import KINDS, Node
@@ -33,13 +35,15 @@ def refuse(
     """The reason and the change for one replica, with everything else standing where ``placed`` says."""
     want, model = prepared.wants[item.id], needs.get(item.model)
     room = _after(prepared, placed, fleet)
-    if item.options:
+    if item.options and _wants_host(item, room):
+        step, reason = "host memory", _no_host(item, prepared, placed, room)
+    elif item.options:
         step, reason = "room", _no_room(item, prepared, placed, room)
     else:
         step, reason = _nearest(prepared, item)
     change = ""
     if model is not None:
-        helpers = _Helper(model, want, item, prepared, placed, room, policy)
+        helpers = _Helper(needs, want, item, prepared, placed, room, policy)
         change = next(helpers.changes(), "")
     elif step == "known figures":
         change = "Add an entry to models/catalog/."
@@ -48,12 +52,17 @@ def refuse(
 
 def _after(prepared: Prepared, placed: Mapping[str, Move], fleet: Fleet) -> Fleet:
     """A fleet with the placed replicas at what they asked for, their caches not grown."""
-    fresh = Fleet(fleet.nodes, 1.0)
-    fresh.room = list(fleet.room)
-    fresh.free = [[room] * node.gpus for room, node in zip(fleet.room, fleet.nodes, strict=True)]
+    fresh = _emptied(fleet)
     by_id = {item.id: item for item in prepared.items}
     for name, move in placed.items():
         fresh.apply(by_id[name], move)
+    return fresh
+
+
+def _emptied(fleet: Fleet) -> Fleet:
+    fresh = Fleet(fleet.nodes, 1.0)
+    fresh.room = list(fleet.room)
+    fresh.free = [[room] * node.gpus for room, node in zip(fleet.room, fleet.nodes, strict=True)]
     return fresh
 
 
@@ -67,9 +76,39 @@ def _nearest(prepared: Prepared, item: Item) -> tuple[str, str]:
     )
 
 
+def _wants_host(item: Item, room: Fleet) -> bool:
+    """Whether nothing but the host's memory keeps it out."""
+    if not item.standby:
+        return False
+    before, room.host = room.host, [sys.maxsize] * len(room.host)
+    fits = next(room.moves(item), None) is not None
+    room.host = before
+    return fits
+
+
+def _no_host(item: Item, prepared: Prepared, placed: Mapping[str, Move], room: Fleet) -> str:
+    free, node = max((free, -i) for i, free in enumerate(room.host))
+    asleep = [
+        name for name, move in placed.items() if move.option.sleep and any(n == -node for n, _ in move.places)
+    ]
+    after = f" after {', '.join(asleep)}" if asleep else ""
+    return (
+        f"asleep, its weights take {_weights_asleep(item) / GIB:.1f} GiB of the host's memory; "
+        f"{room.nodes[-node].name} has {free / GIB:.1f} GiB of {room.nodes[-node].host_bytes / GIB:.1f} left "
+        f"for that{after}"
+    )
+
+
+def _weights_asleep(item: Item) -> int:
+    """The least bytes of one host that any of its layouts takes asleep."""
+    return min(o.sleep.host * o.per_node for each in item.options.values() for o in each if o.sleep)
+
+
 def _no_room(item: Item, prepared: Prepared, placed: Mapping[str, Move], room: Fleet) -> str:
     option = min((o for each in item.options.values() for o in each), key=lambda o: o.total)
-    need = option.footprint.total / GIB
+    need = f"{option.footprint.total / GIB:.1f} GiB"
+    if option.sleep:
+        need += f" awake ({option.sleep.kept / GIB:.1f} asleep)"
     spots = [(max(free), i) for i, free in enumerate(room.free)]
     free, node = max(spots)
     gpu = room.free[node].index(free)
@@ -83,7 +122,7 @@ def _no_room(item: Item, prepared: Prepared, placed: Mapping[str, Move], room: F
         if option.layout.gpus == 1
         else f"each of {option.layout.gpus} GPUs ({option.layout.name()})"
     )
-    return f"needs {need:.1f} GiB of {of}; the emptiest, {where}, has {free / GIB:.1f} GiB free{after}"
+    return f"needs {need} of {of}; the emptiest, {where}, has {free / GIB:.1f} GiB free{after}"
 
 
 class _Helper:
@@ -91,7 +130,7 @@ class _Helper:
 
     def __init__(
         self,
-        needs: ModelNeeds,
+        needs: Mapping[str, ModelNeeds],
         want: Want,
         item: Item,
         prepared: Prepared,
@@ -99,7 +138,7 @@ class _Helper:
         room: Fleet,
         policy: Policy,
     ) -> None:
-        self.needs, self.want, self.item = needs, want, item
+        self.every, self.needs, self.want, self.item = needs, needs[want.model], want, item
         self.prepared, self.placed, self.room, self.policy = prepared, placed, room, policy
         self._items: dict[tuple[Want, tuple[tuple[Group, int], ...]], Item] = {}
 
@@ -118,7 +157,10 @@ class _Helper:
         if self.want.context and most and self.want.context > most:
             yield f"Ask for at most {most} tokens of context."
         yield from self._less()
+        yield from self._other_tier()
+        yield from self._shorter()
         yield from self._others()
+        yield from self._more_host()
         more = [*self._more_nodes(), *self._other_gpus()]
         if more:
             yield f"It fits with {', or '.join(more)}."
@@ -141,6 +183,21 @@ class _Helper:
             yield f"Ask for {best} sequences at once instead of {want.concurrency} (`concurrency = {best}`)."
         if want.kv_dtype == "auto" and self._fits(replace(want, kv_dtype="fp8")):
             yield 'Keep the KV cache in fp8 (`kv_dtype = "fp8"`).'
+
+    def _other_tier(self) -> Iterator[str]:
+        """Sleeping, or not sleeping, by itself."""
+        if self.want.tier == "resident" and self._fits(self._standby()):
+            yield '`tier = "standby"` would make it fit: it then shares memory with those that sleep.'
+        if self.want.tier == "standby" and self._fits(replace(self.want, tier="resident")):
+            yield '`tier = "resident"` would make it fit: there is room for it to stay awake.'
+
+    def _standby(self) -> Want:
+        return replace(self.want, tier="standby")
+
+    def _shorter(self) -> Iterator[str]:
+        if not self.needs.kv:
+            return
+        want = self.want
         context = context_of(self.needs, want, self.policy)
         least = replace(want, context=LEAST_CONTEXT, concurrency=1)
         if context > LEAST_CONTEXT and self._fits(least):
@@ -156,12 +213,12 @@ class _Helper:
         names = sorted(self.placed, key=lambda name: (self._priority(name), self._size(name)))
         for name in names[:_MOST_TRIED]:
             if self._fits(self.want, self._without([name])):
-                yield self._asleep([name])
+                yield self._away([name])
                 return
         # Several: those of the node that is cheapest to clear, and of them only who is in the way.
         for gone in sorted(self._neighbours(names), key=lambda gone: sum(map(self._size, gone))):
             if self._fits(self.want, self._without(gone)):
-                yield self._asleep(self._needed(gone))
+                yield self._away(self._needed(gone))
                 return
 
     def _neighbours(self, names: Sequence[str]) -> list[list[str]]:
@@ -181,10 +238,42 @@ class _Helper:
                 kept = fewer
         return kept
 
-    def _asleep(self, names: Sequence[str]) -> str:
-        models = list(dict.fromkeys(self.prepared.wants[name].model for name in names))
-        them = "them" if len(models) > 1 else "it"
-        return f'Put {" and ".join(models)} asleep (`tier = "standby"`) or leave {them} out.'
+    def _away(self, names: Sequence[str]) -> str:
+        """How these make room: asleep where that is enough, else both sides in turn, else left out."""
+        models = " and ".join(dict.fromkeys(self.prepared.wants[name].model for name in names))
+        them = "them" if " and " in models else "it"
+        sleeping = self._with_asleep(names)
+        if sleeping is not None and self._fits(self.want, sleeping):
+            return f'Make {models} standby (`tier = "standby"`) or leave {them} out.'
+        if sleeping is not None and self.want.tier == "resident" and self._fits(self._standby(), sleeping):
+            both = f"{models} and {self.item.model}"
+            return f'Make {both} standby (`tier = "standby"`): they take turns. Or leave {models} out.'
+        return f"Leave {models} out."
+
+    def _with_asleep(self, names: Sequence[str]) -> Fleet | None:
+        """The fleet were these standby where they stand; None = the host has no memory for their weights."""
+        fresh = self._without(names)
+        by_id = {item.id: item for item in self.prepared.items}
+        for name in names:
+            option = self.placed[name].option
+            needs = self.every[self.prepared.wants[name].model]
+            option = replace(option, sleep=sleep_of(needs, option.layout, option.footprint))
+            assert option.sleep is not None
+            for node, gpus in self.placed[name].places:
+                if fresh.host[node] < option.sleep.host * len(gpus):
+                    return None
+            fresh.apply(by_id[name], Move(option, self.placed[name].places))
+        return fresh
+
+    def _more_host(self) -> Iterator[str]:
+        """Memory of the host that would do."""
+        if not (self.item.options and _wants_host(self.item, self.room)):
+            return
+        missing = _weights_asleep(self.item) - max(self.room.host)
+        yield (
+            f"Give its node {missing / GIB:.1f} GiB more of host memory for sleeping weights "
+            "(`tiers.host_memory_bytes`, or the node's form: 1x8xH200:2048), or leave a sleeping model out."
+        )
 
     def _priority(self, name: str) -> int:
         return self.prepared.wants[name].priority

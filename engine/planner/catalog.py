@@ -8,7 +8,7 @@ from engine.planner.hardware import Node, parse_nodes
 from engine.planner.layout import Want
 from engine.planner.needs import EXPERT_BYTES, ActivationTerms, KvTerms, ModelNeeds, routed_expert_bytes
 from models.entry import HubSource, LocalSource, ModelEntry
-from models.profile import Profile
+from models.profile import Profile, ProfileModel
 
 #: (hidden size, vocabulary, width of a head's key and value under MLA) by architecture and parameters in
 #: billions, where one class serves several sizes. From transformers 5.19's default configurations (which are
@@ -24,6 +24,8 @@ _WIDTHS: dict[tuple[str, int], tuple[int, int, int]] = {
     ("KimiK25ForConditionalGeneration", 1027): (7168, 163_840, 128 + 64 + 128),
     ("LlamaForCausalLM", 71): (8192, 128_256, 0),
 }
+#: Options of an engine that the plan decides, or that it hands on in another place.
+_RECKONED = ("args", "kv_cache_bytes", "reserve_bytes")
 #: Published with a draft layer that vLLM skips on loading (`deepseek_v2.py`: get_spec_layer_idx…).
 _DRAFTED = ("DeepseekV3ForCausalLM", "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM")
 #: vLLM's class keeps one latent for all heads although it is written as one KV head.
@@ -62,8 +64,8 @@ def needs_of(entry: ModelEntry) -> ModelNeeds:
         activation=_activation(entry),
         context=entry.context_length,
         whole_bytes=None if entry.engine == "vllm" else entry.memory_bytes or None,
-        arguments=dict(entry.options.get("args", {})),
-        options={key: value for key, value in entry.options.items() if key == "chat_template"},
+        arguments={key.replace("_", "-"): value for key, value in entry.options.get("args", {}).items()},
+        options={key: value for key, value in entry.options.items() if key not in _RECKONED},
         aliases=tuple(entry.aliases),
         capabilities=tuple(entry.capabilities),
     )
@@ -71,20 +73,29 @@ def needs_of(entry: ModelEntry) -> ModelNeeds:
 
 def wants_of(profile: Profile) -> list[Want]:
     """A profile's models as wants."""
-    return [
-        Want(
-            model=model.id,
-            replicas=model.replicas,
-            context=model.context_length,
-            concurrency=model.concurrency,
-            max_batch=model.max_batch,
-            priority=model.priority,
-            memory_bytes=model.memory_bytes,
-            kv_dtype=model.kv_dtype,
-            eplb=model.eplb,
-        )
-        for model in profile.models
-    ]
+    return [want_of(model) for model in profile.models]
+
+
+def want_of(model: ProfileModel) -> Want:
+    """One model of a profile as a want, with what its options fix of layout and cache."""
+    given = {str(key).replace("_", "-"): value for key, value in model.options.get("args", {}).items()}
+    kv_dtype = model.kv_dtype
+    if kv_dtype == "auto" and str(given.get("kv-cache-dtype", "")).startswith("fp8"):
+        kv_dtype = "fp8"
+    return Want(
+        model=model.id,
+        replicas=model.replicas,
+        context=model.context_length,
+        concurrency=model.concurrency,
+        max_batch=model.max_batch,
+        priority=model.priority,
+        tier=model.tier,
+        memory_bytes=model.memory_bytes,
+        kv_bytes=model.options.get("kv_cache_bytes"),
+        kv_dtype=kv_dtype,
+        eplb=model.eplb,
+        tensor_parallel=given.get("tensor-parallel-size"),
+    )
 
 
 def nodes_of(profile: Profile) -> list[Node]:

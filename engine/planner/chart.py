@@ -14,6 +14,7 @@ from engine.planner.memory import GIB, capacity
 from engine.planner.outcome import Placement, Plan
 
 _WIDTH = 44
+_KEPT, _WAKING = "▒", "░"
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
 
@@ -22,6 +23,8 @@ def chart(plan: Plan, utilisation: float, runtime_dir: Path) -> RenderableType:
     """The whole plan."""
     letters = {p.id: _LETTERS[i % len(_LETTERS)] for i, p in enumerate(plan.placements)}
     parts: list[RenderableType] = [_bars(plan, utilisation, letters)]
+    if any(placement.sleep for placement in plan.placements):
+        parts.append(_asleep(plan, letters))
     for placement in plan.placements:
         parts.append(_model(placement, letters[placement.id], runtime_dir))
     if plan.refusals:
@@ -50,7 +53,9 @@ def _bars(plan: Plan, utilisation: float, letters: dict[str, str]) -> Text:
             here = standing.get((node.name, gpu), [])
             text.append(f"{f'{node.name} gpu{gpu}':<9} {node.kind.name} ")
             text.append(_bar(here, node.kind.memory_bytes, room, letters))
-            text.append(f" {(room - free[gpu]) / GIB:6.1f} of {room / GIB:.1f} GiB\n")
+            text.append(f" {(room - free[gpu]) / GIB:6.1f} of {room / GIB:.1f} GiB")
+            turns = " ".join(letters[each.id] for each in here if each.sleep)
+            text.append(f", in turn: {turns}\n" if turns else "\n")
     if empty:
         text.append(
             f"{empty} more node{'s' if empty > 1 else ''} with nothing on {'them' if empty > 1 else 'it'}\n"
@@ -60,20 +65,54 @@ def _bars(plan: Plan, utilisation: float, letters: dict[str, str]) -> Text:
 
 
 def _bar(here: list[Placement], memory: int, room: int, letters: dict[str, str]) -> Text:
-    """Letters for what stands there, dots for free room, a blank for what nobody may take."""
+    """Letters for residents; of standby replicas what all keep asleep, lightly hatched what one takes awake.
+
+    Dots are free room, a blank is what nobody may take.
+    """
     bar = Text("[")
     done = taken = 0
     for placement in here:
+        if placement.sleep:
+            continue
         taken += placement.footprint.total
         # Whatever stands there shows, however small it is.
         cells = max(1, round(taken / memory * _WIDTH) - done)
         letter = letters[placement.id]
         bar.append(letter * cells, style=_COLOURS[_LETTERS.index(letter) % len(_COLOURS)])
         done += cells
+    asleep = [(p.sleep.kept, p.footprint.total - p.sleep.kept) for p in here if p.sleep]
+    shares = (_KEPT, sum(kept for kept, _ in asleep)), (_WAKING, max((more for _, more in asleep), default=0))
+    for hatch, size in shares if asleep else ():
+        taken += size
+        cells = max(1, round(taken / memory * _WIDTH) - done)
+        bar.append(hatch * cells)
+        done += cells
     usable = round(room / memory * _WIDTH)
     bar.append("." * max(0, usable - done), style="dim")
     bar.append(" " * (_WIDTH - max(usable, done)) + "]")
     return bar
+
+
+def _asleep(plan: Plan, letters: dict[str, str]) -> Text:
+    """Standby replicas: what each takes of its GPUs awake and asleep, and of the host."""
+    text = Text(f"\nasleep: {_KEPT} kept by all, {_WAKING} taken by the one that is awake", style="bold")
+    standby = [(p, p.sleep) for p in plan.placements if p.sleep]
+    width = max(len(p.id) for p, _ in standby)
+    for placement, sleep in standby:
+        where = ", ".join(f"{node.name}:{_span(gpus)}" for node, gpus in placement.places)
+        line = (
+            f"\n{letters[placement.id]} {placement.id:<{width}}  {where:<12} "
+            f"awake {placement.footprint.total / GIB:6.1f} GiB, asleep {sleep.kept / GIB:4.1f}"
+            f"{' of each' if placement.gpus > 1 else ''}, host {sleep.host * placement.gpus / GIB:.1f}"
+        )
+        text.append(line, style="not bold")
+    for node, free in zip(plan.nodes, plan.host_free, strict=True):
+        if free < node.host_bytes:
+            taken = (node.host_bytes - free) / GIB
+            text.append(
+                f"\nhost of {node.name}: {taken:.1f} of {node.host_bytes / GIB:.1f} GiB", style="not bold"
+            )
+    return text
 
 
 def _model(placement: Placement, letter: str, runtime_dir: Path) -> Text:
@@ -84,6 +123,8 @@ def _model(placement: Placement, letter: str, runtime_dir: Path) -> Text:
     text.append(placement.id, style="bold")
     each = " of each" if placement.layout.gpus > 1 else ""
     text.append(f"  {placement.layout.name()} on {where}, {foot.total / GIB:.1f} GiB{each}")
+    if placement.sleep:
+        text.append(f" awake, {placement.sleep.kept / GIB:.1f} asleep")
     if foot.token_bytes:
         text.append(f"; {foot.kv_tokens} tokens of KV cache, context {placement.context}")
     text.append("\n    " + "; ".join(placement.why))

@@ -13,7 +13,8 @@ from engine.planner.outcome import Placement, Plan
 def document(plan: Plan, utilisation: float, runtime_dir: Path) -> dict[str, Any]:
     """Nodes with what is free, placements with each term of their memory and their launch lines, refusals.
 
-    Sizes are bytes; a placement's terms and total are of each of its GPUs.
+    Sizes are bytes; a placement's terms, total and what it keeps asleep are of each of its GPUs, its
+    ``host_bytes`` those of all.
     """
     return {
         "fits": not plan.refusals,
@@ -25,8 +26,10 @@ def document(plan: Plan, utilisation: float, runtime_dir: Path) -> dict[str, Any
                 "gpu_memory_bytes": node.kind.memory_bytes,
                 "usable_bytes": capacity(node.kind, utilisation),
                 "free_bytes": list(free),
+                "host_usable_bytes": node.host_bytes,
+                "host_free_bytes": host,
             }
-            for node, free in zip(plan.nodes, plan.free, strict=True)
+            for node, free, host in zip(plan.nodes, plan.free, plan.host_free, strict=True)
         ],
         "placements": [_placement(each, runtime_dir) for each in plan.placements],
         "refusals": [
@@ -37,7 +40,7 @@ def document(plan: Plan, utilisation: float, runtime_dir: Path) -> dict[str, Any
 
 
 def _placement(placement: Placement, runtime_dir: Path) -> dict[str, Any]:
-    layout, foot = placement.layout, placement.footprint
+    layout, foot, sleep = placement.layout, placement.footprint, placement.sleep
     return {
         "id": placement.id,
         "model": placement.needs.id,
@@ -57,7 +60,9 @@ def _placement(placement: Placement, runtime_dir: Path) -> dict[str, Any]:
         },
         "context_length": placement.context if foot.token_bytes else None,
         "kv_tokens": foot.kv_tokens,
+        "tier": placement.want.tier,
         "gpu_bytes": foot.total,
+        "asleep": {"gpu_bytes": sleep.kept, "host_bytes": sleep.host * placement.gpus} if sleep else None,
         "terms": [{"name": t.name, "bytes": t.bytes, "how": t.how} for t in foot.terms],
         "why": list(placement.why),
         "launch": [

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from engine.planner import rules
+from engine.planner.asleep import sleep_of
 from engine.planner.hardware import Node
 from engine.planner.layout import Layout, Policy, Want
 from engine.planner.memory import GIB, capacity, context_of, footprint
@@ -38,6 +39,8 @@ class KnownFigures:
     name: ClassVar[str] = "known figures"
 
     def reason(self, case: Case) -> str | None:
+        if case.needs.engine == "vllm" and case.want.memory_bytes is not None:
+            return None  # whoever fixed the memory has reckoned
         missing = case.needs.unknown()
         return f"unknown: {', '.join(missing)}" if missing else None
 
@@ -130,6 +133,24 @@ class Memory:
         )
 
 
+class HostMemory:
+    """Asleep, its weights fit the host's memory."""
+
+    name: ClassVar[str] = "host memory"
+
+    def reason(self, case: Case) -> str | None:
+        if case.want.tier != "standby":
+            return None
+        need = footprint(case.needs, case.want, case.layout, case.node.kind, case.policy)
+        weights = sleep_of(case.needs, case.layout, need).host * min(case.layout.gpus, case.node.gpus)
+        if weights <= case.node.host_bytes:
+            return None
+        return (
+            f"asleep, its weights take {weights / GIB:.1f} GiB of the host's memory; "
+            f"{case.node.host_bytes / GIB:.1f} GiB of each node are for that"
+        )
+
+
 #: In this order: the first reason is the one told.
 FILTERS: tuple[Filter, ...] = (
     KnownFigures(),
@@ -140,6 +161,7 @@ FILTERS: tuple[Filter, ...] = (
     Reach(),
     Balancing(),
     Memory(),
+    HostMemory(),
 )
 
 

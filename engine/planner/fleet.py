@@ -1,10 +1,19 @@
-"""What is left of the nodes' memory while a plan is made."""
+"""What is left of the nodes' memory while a plan is made.
+
+Residents have their memory to themselves. Standby replicas share: on every GPU, always,
+
+    sum(resident) + sum(standby asleep) + max(standby awake - standby asleep) <= room
+
+and on every node the weights of all that sleep fit the host's memory.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from engine.planner.hardware import Node
 from engine.planner.memory import capacity
@@ -32,6 +41,11 @@ class Item:
     #: Least memory in all that any option takes, bytes: what placing it is worth.
     value: int
 
+    @cached_property
+    def standby(self) -> bool:
+        """Whether it sleeps; all its options do, or none."""
+        return any(option.sleep for options in self.options.values() for option in options)
+
 
 @dataclass(frozen=True)
 class Move:
@@ -42,12 +56,17 @@ class Move:
 
 
 class Fleet:
-    """Free bytes of every GPU, and which models stand where."""
+    """Free bytes of every GPU and host, and which models stand where."""
 
     def __init__(self, nodes: Sequence[Node], utilisation: float) -> None:
         self.nodes = tuple(nodes)
         self.room = [capacity(node.kind, utilisation) for node in nodes]
+        #: What no replica takes; of standby replicas the largest is counted awake, the others asleep.
         self.free = [[self.room[i]] * node.gpus for i, node in enumerate(nodes)]
+        #: Per node, host memory that no sleeping weights take.
+        self.host = [node.host_bytes for node in nodes]
+        #: Per GPU, what each standby replica takes more awake than asleep, in rising order.
+        self.waking: list[list[list[int]]] = [[[] for _ in range(node.gpus)] for node in nodes]
         #: Per node, how often a model stands on each GPU: (model, GPU) -> replicas, and (model, -1) for any.
         self.hosts: list[Counter[tuple[str, int]]] = [Counter() for _ in nodes]
         self.groups: dict[Group, list[int]] = {}
@@ -66,14 +85,35 @@ class Fleet:
         """Gives back what ``apply`` took."""
         self._book(item, move, -1)
 
+    def need(self, option: Option, node: int, gpu: int) -> int:
+        """Bytes of this GPU that the option would take now."""
+        if option.sleep is None:
+            return option.footprint.total
+        kept, waking = option.sleep.kept, self.waking[node][gpu]
+        return kept + max(0, option.footprint.total - kept - (waking[-1] if waking else 0))
+
+    def _take(self, option: Option, node: int, gpu: int, sign: int) -> None:
+        if option.sleep is None:
+            self.free[node][gpu] -= sign * option.footprint.total
+            return
+        waking, extra = self.waking[node][gpu], option.footprint.total - option.sleep.kept
+        before = waking[-1] if waking else 0
+        if sign > 0:
+            insort(waking, extra)
+        else:
+            del waking[bisect_left(waking, extra)]
+        after = waking[-1] if waking else 0
+        self.free[node][gpu] -= sign * option.sleep.kept + after - before
+        self.host[node] -= sign * option.sleep.host
+
     def _book(self, item: Item, move: Move, sign: int) -> None:
-        need = move.option.footprint.total * sign
         for node, gpus in move.places:
             free = self.free[node]
             for gpu in gpus:
-                free[gpu] -= need
+                self._take(move.option, node, gpu, sign)
                 assert free[gpu] >= 0, "a GPU over its budget"
                 self.hosts[node][item.model, gpu] += sign
+            assert self.host[node] >= 0, "a host over its budget"
             self.hosts[node][item.model, ANY] += sign
 
     def moves(self, item: Item, *, every: bool = False) -> Iterator[Move]:
@@ -88,7 +128,10 @@ class Fleet:
             members = self.groups.get(group, ())
             distinct: dict[tuple[object, ...], int] = {}
             for node in members:
-                distinct.setdefault((*self.free[node], self._gpus_with(item.model, node)), node)
+                situation: tuple[object, ...] = (*self.free[node], self._gpus_with(item.model, node))
+                if item.standby:
+                    situation = (*situation, self.host[node], *map(tuple, self.waking[node]))
+                distinct.setdefault(situation, node)
             for option in options:
                 if option.nodes > 1:
                     yield from self._spread(option, members)
@@ -108,25 +151,41 @@ class Fleet:
     def _within(
         self, option: Option, node: int, every: bool, without: tuple[int, ...] = ()
     ) -> Iterator[Move]:
-        need, count = option.footprint.total, option.per_node
-        free = self.free[node]
+        count = option.per_node
+        if not self._sleeps(option, node):
+            return
+        # A sleeper goes where the fewest others wait for their turn, everybody else where it is fullest.
         fitting = sorted(
-            (bytes_, gpu) for gpu, bytes_ in enumerate(free) if bytes_ >= need and gpu not in without
+            (self.turns(option, node, gpu), bytes_, gpu)
+            for gpu, bytes_ in enumerate(self.free[node])
+            if bytes_ >= self.need(option, node, gpu) and gpu not in without
         )
         seen = None
         for start in range(len(fitting) - count + 1):
             chosen = fitting[start : start + count]
-            sizes = [bytes_ for bytes_, _ in chosen]
+            sizes = [(turns, bytes_) for turns, bytes_, _ in chosen]
             if sizes == seen:
                 continue
             seen = sizes
-            yield Move(option, ((node, tuple(sorted(gpu for _, gpu in chosen))),))
+            yield Move(option, ((node, tuple(sorted(gpu for _, _, gpu in chosen))),))
             if not every:
                 return
 
+    def turns(self, option: Option, node: int, gpu: int) -> int:
+        """Bytes that standby replicas of this GPU take on waking, all together; 0 for a resident."""
+        return sum(self.waking[node][gpu]) if option.sleep else 0
+
+    def _sleeps(self, option: Option, node: int) -> bool:
+        """Whether the node's host holds its weights asleep."""
+        return option.sleep is None or option.sleep.host * option.per_node <= self.host[node]
+
     def _spread(self, option: Option, members: Sequence[int]) -> Iterator[Move]:
-        need = option.footprint.total
-        fitting = sorted((sum(self.free[n]), n) for n in members if min(self.free[n]) >= need)
+        fitting = sorted(
+            (sum(self.free[n]), n)
+            for n in members
+            if self._sleeps(option, n)
+            and all(free >= self.need(option, n, gpu) for gpu, free in enumerate(self.free[n]))
+        )
         if len(fitting) >= option.nodes:
             chosen = sorted(n for _, n in fitting[: option.nodes])
             yield Move(option, tuple((n, tuple(range(option.per_node))) for n in chosen))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.planner.layout import Layout
-from engine.planner.memory import batched_tokens
+from engine.planner.memory import pass_tokens
+from engine.planner.needs import ModelNeeds
 from engine.planner.outcome import Placement
 from engine.runners.environment import visible_devices
 from engine.runners.spec import RUNNER_MODULES, RunnerSpec
@@ -47,8 +48,9 @@ def spec_of(placement: Placement, runtime_dir: Path, rank: int = 0) -> RunnerSpe
     _, gpus = placement.places[rank]
     options = dict(needs.options)
     if needs.engine == "vllm":
-        arguments = layout_arguments(placement, rank)
-        options |= {"args": needs.arguments | arguments, "kv_cache_bytes": placement.footprint.kv_bytes}
+        options["args"] = needs.arguments | layout_arguments(placement, rank)
+        if want.memory_bytes is None:
+            options["kv_cache_bytes"] = placement.footprint.kv_bytes
     return RunnerSpec(
         model=needs.id,
         aliases=list(needs.aliases),
@@ -61,6 +63,7 @@ def spec_of(placement: Placement, runtime_dir: Path, rank: int = 0) -> RunnerSpe
         memory_bytes=placement.footprint.total * len(gpus),
         context_length=placement.context if needs.engine == "vllm" else needs.context,
         max_batch=want.max_batch,
+        can_sleep=want.tier == "standby",
         options=options,
     )
 
@@ -70,9 +73,11 @@ def launch_lines(placement: Placement, runtime_dir: Path) -> list[LaunchLine]:
     lines = []
     for rank, (node, _) in enumerate(placement.places):
         spec = spec_of(placement, runtime_dir, rank)
-        environment = (("CUDA_VISIBLE_DEVICES", visible_devices(spec.device)),)
+        environment: tuple[tuple[str, str], ...] = (("CUDA_VISIBLE_DEVICES", visible_devices(spec.device)),)
         if spec.engine == "vllm":
-            command = ["vllm", "serve", *_server(spec, rank)]
+            command = ["vllm", "serve", *_server(spec, rank, placement.needs)]
+            if spec.can_sleep:
+                environment = (*environment, ("VLLM_SERVER_DEV_MODE", "1"))
         else:
             file = runtime_dir / f"{placement.id}.json"
             command = ["python", "-m", RUNNER_MODULES[spec.engine], "--spec", str(file)]
@@ -86,7 +91,7 @@ def layout_arguments(placement: Placement, rank: int = 0) -> dict[str, Any]:
     kind = nodes[0][0].kind
     found: dict[str, Any] = {
         # What the plan reckoned with, whatever vLLM's default for this GPU is.
-        "max-num-batched-tokens": max(batched_tokens(kind), placement.want.max_batch),
+        "max-num-batched-tokens": pass_tokens(placement.needs, placement.want, kind),
         "tensor-parallel-size": layout.tp,
     }
     if layout.kv_dtype == "fp8":
@@ -124,8 +129,9 @@ def _experts(layout: Layout) -> dict[str, Any]:
     return found
 
 
-def _server(spec: RunnerSpec, rank: int) -> Sequence[str]:
-    arguments = server_arguments(spec, 0)
+def _server(spec: RunnerSpec, rank: int, needs: ModelNeeds) -> Sequence[str]:
+    # The runner itself looks at the size of the files; it matters only where a budget was configured.
+    arguments = server_arguments(spec, needs.weights_bytes or 0)
     # `vllm serve` takes the model by its place; only the first node answers requests.
     others = [a for a in arguments if not a.startswith("--model=") and not (rank and a.startswith("--uds="))]
     return [str(spec.model_dir), *others]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 KvDtype = Literal["bf16", "fp8"]
+Tier = Literal["resident", "standby"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,12 @@ class Want:
     max_batch: int = 64
     #: Higher is placed first; a lower one never takes its place.
     priority: int = 0
-    #: Memory of one replica, bytes, where a person has fixed it (engines without a KV cache).
+    #: 'standby' replicas sleep until a request comes, and share the memory that they are awake in.
+    tier: Tier = "resident"
+    #: Memory of one replica in all, bytes, where a person has fixed it.
     memory_bytes: int | None = None
+    #: KV cache on each GPU, bytes, where a person has fixed it.
+    kv_bytes: int | None = None
     #: 'auto' = the checkpoint's own, or fp8 where vLLM makes it the default.
     kv_dtype: Literal["auto", "bf16", "fp8"] = "auto"
     #: True = wanted, and refused where vLLM would ignore it or crash; None = where it is known to help.

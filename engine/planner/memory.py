@@ -103,6 +103,12 @@ def batched_tokens(kind: GpuKind) -> int:
     return 8192 if kind.memory_bytes >= 70 * GIB and not kind.name.startswith("A100") else 2048
 
 
+def pass_tokens(needs: ModelNeeds, want: Want, kind: GpuKind) -> int:
+    """Tokens of one forward pass of this model: what its options say, or the GPU's default."""
+    given = needs.arguments.get("max-num-batched-tokens")
+    return int(given) if given else max(batched_tokens(kind), want.max_batch)
+
+
 def footprint(needs: ModelNeeds, want: Want, layout: Layout, kind: GpuKind, policy: Policy) -> Footprint:
     """The memory of one replica on each GPU, without any that the cache may grow into.
 
@@ -115,9 +121,12 @@ def footprint(needs: ModelNeeds, want: Want, layout: Layout, kind: GpuKind, poli
     """
     if needs.engine != "vllm":
         return _whole(needs, want)
+    if want.memory_bytes is not None:
+        budget = math.ceil(want.memory_bytes / layout.gpus)
+        return Footprint((Term("budget", budget, "as configured, the runner divides it"),))
     weights = _weights(needs, layout)
     cache, token_bytes = _cache(needs, want, layout, policy)
-    tokens = max(batched_tokens(kind), want.max_batch)
+    tokens = pass_tokens(needs, want, kind)
     activation = _activation(needs, layout, tokens, want.max_batch, weights)
     layers = math.ceil((needs.layers or 32) / layout.pp)
     terms = [
@@ -182,6 +191,8 @@ def _cache(needs: ModelNeeds, want: Want, layout: Layout, policy: Policy) -> tup
     if needs.kv is None:
         return 0, 0.0
     token = kv_token_bytes(needs.kv, layout)
+    if want.kv_bytes is not None:
+        return want.kv_bytes, token
     sequences = math.ceil(want.concurrency / layout.dp)
     share = max(1, math.ceil(needs.kv.heads / layout.tp)) / needs.kv.heads / layout.pp
     constant = needs.kv.sequence_bytes * share * sequences
@@ -239,6 +250,8 @@ def _how_weights(needs: ModelNeeds, layout: Layout) -> str:
 def _how_cache(needs: ModelNeeds, want: Want, layout: Layout, policy: Policy) -> str:
     if needs.kv is None:
         return "none"
+    if want.kv_bytes is not None:
+        return "as configured"
     token = kv_token_bytes(needs.kv, layout)
     context = context_of(needs, want, policy)
     return f"{want.concurrency} x {context} tokens, {token:.0f} B each on a GPU"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.planner.asleep import Sleep
 from engine.planner.hardware import Node
 from engine.planner.layout import Layout, Want
 from engine.planner.memory import Footprint
@@ -25,6 +26,12 @@ class Placement:
     context: int
     #: Sentences for a person.
     why: tuple[str, ...]
+    #: What it takes of each GPU and of the host while asleep; None = resident.
+    sleep: Sleep | None = None
+
+    @property
+    def gpus(self) -> int:
+        return sum(len(gpus) for _, gpus in self.places)
 
 
 @dataclass(frozen=True)
@@ -49,3 +56,5 @@ class Plan:
     refusals: tuple[Refusal, ...]
     #: Bytes of each node's GPUs that nobody takes, of what replicas may take.
     free: tuple[tuple[int, ...], ...]
+    #: Bytes of each node's host memory that no sleeping weights take, of what they may take.
+    host_free: tuple[int, ...] = ()

@@ -126,7 +126,9 @@ class _Search:
 
     def _hopeful(self, depth: int) -> bool:
         """Whether the rest could still make it better, if memory were all in one piece."""
-        room = self.fleet.free_bytes
+        # Standby replicas share memory: then the sum of what is free bounds nothing.
+        shared = any(item.standby for item in self.order)
+        room = sum(item.value for item in self.order) if shared else self.fleet.free_bytes
         most = self._worth(self.current)
         for i, level in enumerate(self.levels):
             rest = sum(item.value for item in self.order[depth:] if item.priority == level)

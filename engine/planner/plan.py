@@ -32,12 +32,15 @@ def make_plan(
         nodes: where they may stand.
         policy: what the planner may do; None = the defaults.
 
-    Equal arguments give equal plans. No GPU is ever given more than ``policy.utilisation`` of its memory.
+    Residents are placed first; standby replicas then share what is left (``fleet``). Equal arguments give
+    equal plans. No GPU is ever given more than ``policy.utilisation`` of its memory.
     """
     policy = policy or Policy()
     fleet = Fleet(nodes, policy.utilisation)
     prepared = prepare(needs, wants, fleet, policy)
-    placed = pack(prepared.items, fleet, policy.search_steps)
+    residents = [item for item in prepared.items if not item.standby]
+    standby = [item for item in prepared.items if item.standby]
+    placed = pack(residents, fleet, policy.search_steps) | pack(standby, fleet, policy.search_steps)
     grown = grow(prepared, placed, fleet, needs, policy)
     placements: list[Placement] = []
     refusals: list[Refusal] = []
@@ -51,7 +54,8 @@ def make_plan(
             if want not in told:
                 told[want] = refuse(item, prepared, placed, fleet, needs, policy)
             refusals.append(replace(told[want], id=item.id))
-    return Plan(tuple(nodes), tuple(placements), tuple(refusals), tuple(tuple(f) for f in fleet.free))
+    free = tuple(tuple(each) for each in fleet.free)
+    return Plan(tuple(nodes), tuple(placements), tuple(refusals), free, tuple(fleet.host))
 
 
 def grow(
@@ -61,12 +65,21 @@ def grow(
     needs: Mapping[str, ModelNeeds],
     policy: Policy,
 ) -> dict[str, Footprint]:
-    """Footprints with KV caches grown into what is left, shared evenly, and no more than could be used."""
+    """Footprints with KV caches grown into what is left, shared evenly, and no more than could be used.
+
+    Residents' only: a larger cache of a standby replica would keep others from being awake beside it.
+    """
     result = {name: move.option.footprint for name, move in placed.items()}
     if not policy.grow:
         return result
     growers: dict[tuple[int, int], int] = {}
-    able = [name for name, move in placed.items() if move.option.footprint.token_bytes]
+    able = [
+        name
+        for name, move in placed.items()
+        if move.option.footprint.token_bytes
+        and move.option.sleep is None
+        and prepared.wants[name].kv_bytes is None
+    ]
     for name in able:
         for node, gpus in placed[name].places:
             for gpu in gpus:
@@ -100,7 +113,9 @@ def _placement(
     places = tuple((nodes[node], gpus) for node, gpus in move.places)
     context = context_of(model, want, policy)
     why = _why(model, move.option.layout, move.option.rank, places[0][0], want)
-    return Placement(item.id, want, model, move.option.layout, foot, places, context, tuple(why))
+    return Placement(
+        item.id, want, model, move.option.layout, foot, places, context, tuple(why), move.option.sleep
+    )
 
 
 def _why(needs: ModelNeeds, layout: Layout, rank: int, node: Node, want: Want) -> list[str]:

@@ -35,11 +35,11 @@ class Tight:
     weight: ClassVar[float] = 2.0
 
     def score(self, item: Item, move: Move, fleet: Fleet) -> float:
-        need = move.option.footprint.total
+        option = move.option
         left = room = 0
         for node, gpus in move.places:
             room += fleet.room[node] * len(gpus)
-            left += sum(fleet.free[node][gpu] - need for gpu in gpus)
+            left += sum(fleet.free[node][gpu] - fleet.need(option, node, gpu) for gpu in gpus)
         return 1.0 - left / room
 
 
@@ -67,7 +67,23 @@ class Apart:
         return 0.3 if any(hosts[node][model, ANY] for node, _ in move.places) else 1.0
 
 
-SCORERS: tuple[Scorer, ...] = (Preferred(), Tight(), WholeNodes(), Apart())
+class Turns:
+    """Few others wait for the same memory, so that several standby models can be awake at once."""
+
+    name: ClassVar[str] = "turns"
+    weight: ClassVar[float] = 3.0
+
+    def score(self, item: Item, move: Move, fleet: Fleet) -> float:
+        if move.option.sleep is None:
+            return 0.0
+        waiting = room = 0
+        for node, gpus in move.places:
+            room += fleet.room[node] * len(gpus)
+            waiting += sum(fleet.turns(move.option, node, gpu) for gpu in gpus)
+        return 1.0 / (1.0 + waiting / room)
+
+
+SCORERS: tuple[Scorer, ...] = (Preferred(), Tight(), WholeNodes(), Apart(), Turns())
 
 
 def total(item: Item, move: Move, fleet: Fleet) -> float:

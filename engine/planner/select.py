@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from engine.planner import rules
+from engine.planner.asleep import Sleep, sleep_of
 from engine.planner.filters import Case, first_reason
 from engine.planner.hardware import Node
 from engine.planner.layout import KvDtype, Layout, Policy, Want
@@ -31,6 +32,8 @@ class Option:
     per_node: int
     #: Place in the order of preference, 0 = best.
     rank: int = 0
+    #: What is left of it while asleep; None = resident, always awake.
+    sleep: Sleep | None = None
 
     @property
     def total(self) -> int:
@@ -75,7 +78,8 @@ def options(needs: ModelNeeds, want: Want, node: Node, count: int, policy: Polic
         elif layout.gpus not in found:
             per_node = min(layout.gpus, node.gpus)
             need = footprint(needs, want, layout, node.kind, policy)
-            found[layout.gpus] = Option(layout, need, layout.gpus // per_node, per_node)
+            sleep = sleep_of(needs, layout, need) if want.tier == "standby" else None
+            found[layout.gpus] = Option(layout, need, layout.gpus // per_node, per_node, sleep=sleep)
     fewest = min(found, default=0)
     ordered = [found[gpus] for gpus in sorted(found) if gpus <= WIDEST * fewest]
     return Choice(tuple(replace(o, rank=i) for i, o in enumerate(ordered)), tuple(reasons.items()))

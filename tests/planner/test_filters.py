@@ -37,6 +37,11 @@ REFUSED: list[tuple[str, Case, str]] = [
         case(dense(weights_gib=130), Layout()),
         r"1 GPU needs \d+\.\d GiB of each H200 for 1 x 32768 tok",
     ),
+    (
+        "host memory",
+        case(dense(weights_gib=100), Layout(), "1x1xH200:64", tier="standby"),
+        r"asleep, its weights take 100\.0 GiB of the host's memory; 57\.6 GiB of each node are for that",
+    ),
     ("memory", case(small("picture", 200), Layout()), r"needs 200\.0 GiB .*128\.7 GiB of 140\.4 are usable"),
 ]
 PASSED: list[tuple[str, Case]] = [
@@ -49,6 +54,8 @@ PASSED: list[tuple[str, Case]] = [
     ("EPLB", case(moe(), Layout(dp=8, ep=True, eplb=True))),
     ("EPLB", case(moe(dtype="int4"), Layout(tp=8))),
     ("memory", case(dense(weights_gib=100), Layout())),
+    ("host memory", case(dense(weights_gib=100), Layout(), "1x1xH200:64")),
+    ("host memory", case(dense(weights_gib=100), Layout(), "1x1xH200", tier="standby")),
 ]
 
 

@@ -120,7 +120,12 @@ def test_who_is_in_the_way_is_named() -> None:
     found = plan("1x1xH100", Want("gpt-oss-120b", priority=1), "qwen3-8b")
     (refusal,) = found.refusals
     assert refusal.step == "room" and "after gpt-oss-120b-0" in refusal.reason
-    assert refusal.change == 'Put gpt-oss-120b asleep (`tier = "standby"`) or leave it out.'
+    assert refusal.change == (
+        'Make gpt-oss-120b and qwen3-8b standby (`tier = "standby"`): they take turns. '
+        "Or leave gpt-oss-120b out."
+    )
+    both = [Want(name, tier="standby") for name in ("gpt-oss-120b", "qwen3-8b")]
+    assert not plan("1x1xH100", *both).refusals
 
 
 def test_replicas_stand_on_different_nodes() -> None:
