@@ -8,8 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from aiohttp import web
+from pydantic import ValidationError
 
+from engine.errors import ApiError
+from engine.scheduler.messages import UsageReported
 from engine.scheduler.publish import RouteBoard
+from engine.scheduler.reports import UsageReport, Waiters, WakeCall, WakeRefusedError
 from engine.scheduler.status import Status
 
 #: Longest a watch on the routes may wait, seconds.
@@ -17,9 +21,20 @@ _LONGEST_WAIT_S = 60.0
 
 
 def control_app(
-    *, status: Callable[[], Status], board: RouteBoard, stop: Callable[[bool], None]
+    *,
+    status: Callable[[], Status],
+    board: RouteBoard,
+    stop: Callable[[bool], None],
+    waiters: Waiters,
+    report: Callable[[UsageReported], None],
 ) -> web.Application:
-    """``GET /status``, ``GET /routes?after=VERSION&wait=SECONDS``, ``POST /stop {"drain": bool}``."""
+    """The application.
+
+    - ``GET /status``, ``GET /routes?after=VERSION&wait=SECONDS``, ``POST /stop {"drain": bool}``
+    - ``POST /wake {"model": id, "worker": pid}``: held until the model is ready; it is asked for as long as
+      the connection lives. 200 ``{"state": "ready"}``; 404 unknown, 409 never asleep, 503 stopping.
+    - ``POST /usage``: what a gateway worker has in hand (:class:`UsageReport`).
+    """
 
     async def get_status(_: web.Request) -> web.Response:
         return web.Response(text=status().model_dump_json(), content_type="application/json")
@@ -43,19 +58,46 @@ def control_app(
         stop(bool(drain))
         return web.json_response({"stopping": True}, status=202)
 
+    async def post_wake(request: web.Request) -> web.Response:
+        try:
+            call = WakeCall.model_validate_json(await request.read())
+        except ValidationError as error:
+            return _refused(400, f'the body is {{"model": id, "worker": pid}}: {error.errors()[0]["msg"]}')
+        try:
+            await waiters.until_ready(call.model)
+        except WakeRefusedError as refused:
+            return _refused(refused.status, str(refused))
+        return web.json_response({"state": "ready"})
+
+    async def post_usage(request: web.Request) -> web.Response:
+        try:
+            said = UsageReport.model_validate_json(await request.read())
+        except ValidationError as error:
+            return _refused(400, f"this is no usage report: {error.errors()[0]['msg']}")
+        report(said.event())
+        return web.json_response({})
+
     app = web.Application()
     app.router.add_get("/status", get_status)
     app.router.add_get("/routes", get_routes)
     app.router.add_post("/stop", post_stop)
+    app.router.add_post("/wake", post_wake)
+    app.router.add_post("/usage", post_usage)
     return app
+
+
+def _refused(status: int, reason: str) -> web.Response:
+    error = ApiError(status, reason)
+    return web.Response(status=status, body=error.body(), content_type="application/json")
 
 
 @contextlib.asynccontextmanager
 async def serve_control(app: web.Application, socket: Path) -> AsyncIterator[None]:
     """Serves ``app`` on ``socket`` (mode 0600) for the duration of the block."""
     _remove(socket)
-    # A watch that still waits is cut off at the end: gateways try again anyway.
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    # A watch that still waits is cut off at the end: gateways try again anyway. A call of one that has left
+    # ends with its connection, for what it asked is asked no longer.
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
     await runner.setup()
     try:
         site = web.UnixSite(runner, str(socket))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from engine.routes import ReplicaState
-from engine.scheduler.starts import expected_s
+from engine.scheduler.starts import expected_s, expected_wake_s
 from engine.scheduler.units import Progress, Unit, World
 
 #: How far along a state is; the furthest replica speaks for its model.
@@ -64,6 +64,15 @@ def outlook(world: World, unit: Unit, now: float) -> Outlook:
         reason = doing if unit.kind == "runner" else "starting"
         reason += f" again: {unit.after}" if unit.after else ""
         return Outlook(unit.state, reason, unit.since, _left(expected, now - unit.started_at))
+    if unit.state == "asleep":
+        asked = unit.model in world.demands
+        reason = "asleep; waiting until there is room" if asked else "asleep; the first request wakes it"
+        return Outlook("asleep", reason, unit.since, expected_wake_s(world, unit))
+    if unit.state == "waking":
+        left = _left(expected_wake_s(world, unit), now - unit.since)
+        return Outlook("waking", "waking up", unit.since, left)
+    if unit.withdrawal:
+        return Outlook(unit.state, unit.reason, unit.since, expected_wake_s(world, unit))
     if unit.state in ("failed", "backoff"):
         wait = max(0.0, unit.retry_at - now)
         seen = Outlook(unit.state, unit.reason, unit.since, wait + expected)

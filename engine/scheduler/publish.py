@@ -49,6 +49,9 @@ def _row(world: World, units: list[Unit], now: float, wall: float, created: int)
         fim_stop=entry.fim.stop if entry.fim else [],
         # Our own runners bound their queues themselves; vLLM takes whatever comes.
         max_in_flight=spec.max_batch + spec.max_queue if entry.engine == "vllm" else None,
+        tier=plan.standing.tier,
+        wake_wait_s=world.policy.wake_wait_s if plan.standing.tier == "standby" else None,
+        most_waiting=world.policy.most_waiting,
         state=seen.state,
         reason=seen.reason,
         eta_s=None if seen.eta_s is None else round(seen.eta_s, 1),

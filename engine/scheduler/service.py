@@ -26,9 +26,10 @@ from engine.scheduler.leftovers import (
 )
 from engine.scheduler.listener import ListenError, Listeners
 from engine.scheduler.messages import StopAsked
-from engine.scheduler.plan import Entries, PlanError, make_plan
+from engine.scheduler.plan import Entries, PlanError, host_room, make_plan, rooms
 from engine.scheduler.probe import HttpProber, Prober
 from engine.scheduler.publish import RouteBoard, make_routes
+from engine.scheduler.reports import Waiters
 from engine.scheduler.status import SchedulerStatus, Status, make_status
 from engine.scheduler.supervisor import Clock, RealClock, Supervisor
 from engine.scheduler.transitions import begin
@@ -65,8 +66,9 @@ class Scheduler:
         self._launcher = launcher or LocalLauncher(scope_of(config))
         self._prober = prober or HttpProber()
         self._clock = clock or RealClock()
+        devices = find_devices()
         try:
-            runners = make_plan(config, profile, catalog, find_devices())
+            runners = make_plan(config, profile, catalog, devices)
         except PlanError as error:
             raise SchedulerError(str(error)) from error
         # Gateways first: they answer "not ready yet, this long" while the runners start.
@@ -75,7 +77,9 @@ class Scheduler:
             *self._commands.preparation_plans(runners),
             *runners,
         ]
-        self._world = World(policy=_policy(config))
+        self._world = World(
+            policy=_policy(config), room=rooms(config, devices), host_room=host_room(config, devices)
+        )
         begin(self._world, self._plans, [], self._clock.now())
         self._listeners = Listeners(config.host, config.port)
         self._me = SchedulerStatus(pid=os.getpid(), started=time.time())
@@ -105,6 +109,7 @@ class Scheduler:
         left = statefile.load(config.state_file)
         self._adopt(left)
         board = RouteBoard(config.routes_file)
+        self._world.published = board.table.version
         writer = statefile.StateWriter(config.state_file)
 
         def changed() -> None:
@@ -117,6 +122,7 @@ class Scheduler:
             except OSError as error:
                 # Serving goes on; a full disk must not end it. Tried again at the next step.
                 log.error("the state folder %s cannot be written: %s", config.state_dir, error)
+            self._world.published = board.table.version
             self._changed.set()
             self._changed = asyncio.Event()
 
@@ -132,8 +138,18 @@ class Scheduler:
         )
         if self._early_stop:
             self._supervisor.send(self._early_stop)
+        waiters = Waiters(
+            self._world,
+            now=self._clock.now,
+            send=self._supervisor.send,
+            changed=lambda: self._changed,
+        )
         app = control_app(
-            status=self.status, board=board, stop=lambda drain: self._ask(StopAsked(drain=drain))
+            status=self.status,
+            board=board,
+            stop=lambda drain: self._ask(StopAsked(drain=drain)),
+            waiters=waiters,
+            report=self._supervisor.send,
         )
         try:
             async with serve_control(app, config.control_socket):
@@ -151,6 +167,7 @@ class Scheduler:
         for unit in whole:
             log.info("%s: process %d lives on", unit.id, unit.pid)
         self._world.durations.update(left.durations)
+        self._world.wakes.update(left.wakes)
         begin(self._world, self._plans, whole, self._clock.now())
         if any(unit.kind == "gateway" for unit in whole) and self._config.port in (0, left.port):
             self._listeners.port = left.port
@@ -205,4 +222,8 @@ def _policy(config: Config) -> Policy:
         drain_s=given.drain_s,
         gateway_drain_s=config.gateway.drain_s,
         concurrent_starts=given.concurrent_starts,
+        wake_wait_s=config.tiers.wake_wait_s,
+        most_waiting=config.tiers.most_waiting,
+        wake_timeout_s=config.tiers.wake_timeout_s,
+        min_residence_s=config.tiers.min_residence_s,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from engine import __version__
 from engine.routes import ReplicaState
 from engine.runners.spec import Category, EngineKind
+from engine.scheduler.memory import held
 from engine.scheduler.outlook import Outlook, model_outlook, outlook
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.units import Unit, World
@@ -51,6 +53,9 @@ class ModelStatus(BaseModel):
     id: str
     category: Category
     engine: EngineKind
+    tier: Literal["resident", "standby"] = "resident"
+    pinned: bool = False
+    priority: int = 0
     device: str
     state: ReplicaState
     reason: str = ""
@@ -64,12 +69,24 @@ class ModelStatus(BaseModel):
     replicas: list[UnitStatus] = []
 
 
+class DeviceStatus(BaseModel):
+    """The memory of one device, as planned."""
+
+    device: str
+    room_bytes: int = Field(description="For all runners together.")
+    held_bytes: int = Field(
+        description="By residents, whether they run or not, and by standby models as they are."
+    )
+
+
 class Status(BaseModel):
     scheduler: SchedulerStatus
     profile: str
     base_url: str = Field(description="For OpenAI clients, with /v1.")
     stopping: bool = False
-    ready: bool = Field(description="Every model and every gateway worker is ready.")
+    ready: bool = Field(description="Every model and gateway worker is ready, or (standby) asleep.")
+    asleep: int = Field(default=0, description="Models that sleep.")
+    devices: list[DeviceStatus] = []
     gateways: list[UnitStatus] = []
     models: list[ModelStatus] = []
 
@@ -80,16 +97,30 @@ def make_status(
     """The status of a world at ``now`` (the loop's clock)."""
     gateways = [_unit(world, unit, now) for unit in world.of_kind("gateway") if unit.wanted]
     models = [_model(world, units, now) for units in replicas_by_model(world.units.values()).values()]
-    ready = all(unit.state == "ready" for unit in (*gateways, *(r for m in models for r in m.replicas)))
+    units = [unit for unit in (*world.of_kind("gateway"), *world.of_kind("runner")) if unit.wanted]
+    holds = held(world)
     return Status(
         scheduler=scheduler,
         profile=profile,
         base_url=base_url,
         stopping=world.stop is not None,
-        ready=ready and world.stop is None,
+        ready=world.stop is None and all(map(_is_well, units)),
+        asleep=sum(model.state == "asleep" for model in models),
+        devices=[
+            DeviceStatus(device=device, room_bytes=room, held_bytes=holds[device])
+            for device, room in world.room.items()
+        ],
         gateways=gateways,
         models=models,
     )
+
+
+def _is_well(unit: Unit) -> bool:
+    """Whether it is ready, or a loaded standby replica that sleeps or changes between the two."""
+    if unit.state == "ready":
+        return True
+    for_another = unit.withdrawal is not None and unit.withdrawal.room_for != ""
+    return unit.standby and not unit.ending and (unit.state in ("asleep", "waking") or for_another)
 
 
 def replicas_by_model(units: Iterable[Unit]) -> dict[str, list[Unit]]:
@@ -127,6 +158,9 @@ def _model(world: World, units: list[Unit], now: float) -> ModelStatus:
         id=plan.model,
         category=plan.entry.category,
         engine=plan.entry.engine,
+        tier=plan.standing.tier,
+        pinned=plan.standing.pinned,
+        priority=plan.standing.priority,
         device=", ".join(dict.fromkeys(replica.device for replica in replicas)),
         state=seen.state,
         reason=seen.full_reason,
