@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from engine.runners import scratch
+from engine.runners import expert_load, scratch
 from engine.runners.spec import RunnerSpec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -106,6 +106,8 @@ def _vllm(spec: RunnerSpec) -> dict[str, str]:
         "VLLM_RPC_BASE_PATH": str(scratch.folder_of(spec.socket)),
         "TMPDIR": str(scratch.folder_of(spec.socket)),
         "VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS),
+        # Read by our plugins for mixtures of experts; nothing is written for other models.
+        expert_load.VARIABLE: str(expert_load.path_of(spec.socket)),
     }
     if spec.device.startswith("cpu"):
         # Unbound: several servers share the same cores, and binding would pin all of them to the first ones.

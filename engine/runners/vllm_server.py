@@ -22,8 +22,9 @@ from typing import Any
 import psutil
 from fastapi import FastAPI
 
-from engine.runners import scratch
+from engine.runners import expert_load, scratch
 from engine.runners.environment import ensure_environment
+from engine.runners.expert_metrics import ExpertMetrics
 from engine.runners.spec import RunnerSpec
 from engine.runners.vllm_arguments import OptionsError, server_arguments
 from engine.runners.vllm_errors import OpenAIErrors
@@ -72,7 +73,7 @@ def _serve(spec: RunnerSpec) -> None:
     validate_parsed_serve_args(args)
     # Until vLLM has put its own handler here: loading blocks the loop, so only an exception ends it.
     signal.signal(signal.SIGTERM, _interrupt)
-    _translate_errors()
+    _wrap_application(spec)
     with _socket_file(spec.socket), contextlib.suppress(KeyboardInterrupt):
         address, listener = setup_server(args, reuse_port=False)
         # Bound but not listening yet, so nobody can have come in before.
@@ -110,19 +111,21 @@ def _kill_children() -> None:
                 child.kill()
 
 
-def _translate_errors() -> None:
-    """Puts :class:`OpenAIErrors` around vLLM's application; ``--middleware`` would sit too far inside."""
+def _wrap_application(spec: RunnerSpec) -> None:
+    """Puts our wrappers around vLLM's application; ``--middleware`` would sit too far inside."""
     from vllm.entrypoints.launchers.api_server import entry
 
     build: Callable[..., FastAPI] = entry.build_app
+    path, ranks = expert_load.path_of(spec.socket), expert_load.ranks_of(spec)
 
-    def build_translated(*args: Any, **kwargs: Any) -> FastAPI:
+    def build_wrapped(*args: Any, **kwargs: Any) -> FastAPI:
         app = build(*args, **kwargs)
         # Some of vLLM's own set-up builds the stack early.
-        app.middleware_stack = OpenAIErrors(app.middleware_stack or app.build_middleware_stack())
+        inner = OpenAIErrors(app.middleware_stack or app.build_middleware_stack())
+        app.middleware_stack = ExpertMetrics(inner, lambda: expert_load.metrics_text(path, ranks))
         return app
 
-    entry.build_app = build_translated
+    entry.build_app = build_wrapped
 
 
 def _interrupt(*_: object) -> None:
