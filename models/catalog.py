@@ -119,7 +119,7 @@ def choose_profile(profiles: Sequence[Profile], gpus: Sequence[int], host_memory
         host_memory: bytes.
 
     Among those that fit, the one made for most GPU memory in all wins, so a GPU machine never gets a CPU
-    profile while a GPU one fits.
+    profile while a GPU one fits. Those taken by name only are left out.
 
     Raises:
         CatalogError: none fits; the message says what the smallest asks for.
@@ -133,9 +133,10 @@ def choose_profile(profiles: Sequence[Profile], gpus: Sequence[int], host_memory
     def size(profile: Profile) -> tuple[int, int, str]:
         return profile.needs.gpus * profile.needs.gpu_memory_bytes, profile.needs.memory_bytes, profile.name
 
-    fitting = [profile for profile in profiles if fits(profile)]
+    choice = [profile for profile in profiles if not profile.by_name]
+    fitting = [profile for profile in choice if fits(profile)]
     if not fitting:
-        least = min(profiles, key=size, default=None)
+        least = min(choice, key=size, default=None)
         asks = (
             f"the smallest, '{least.name}', asks for {_gib(least.needs.memory_bytes)}"
             if least

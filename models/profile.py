@@ -65,5 +65,8 @@ class Profile(BaseModel):
         description="True: `hearth plan` lays it out; `hearth serve` never chooses it by itself, since it "
         "cannot launch replicas over several GPUs yet.",
     )
+    by_name: bool = Field(
+        default=False, description="True: taken where it is named, never chosen by the machine's size."
+    )
     needs: Needs = Field(default_factory=Needs)
     models: list[ProfileModel] = Field(min_length=1)

@@ -131,6 +131,9 @@ def test_a_24_gb_and_an_80_gb_card_get_their_profiles() -> None:
     assert choose_profile(profiles, [81559 << 20], host) == "gpu-80g"
     assert choose_profile(profiles, [81559 << 20] * 2, host) == "gpu-80g"
     assert choose_profile(profiles, [], 16 * GIB) == "tiny"
+    # The smaller tiny-moe is taken by its name only.
+    with pytest.raises(CatalogError, match="the smallest, 'tiny', asks for 12"):
+        choose_profile(profiles, [], 8 * GIB)
 
 
 def test_an_unknown_name_gets_the_nearest_ones() -> None:
