@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,45 +36,34 @@ _MOST = 1 << 16
 Counts = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """How the processes of one runner share the experts."""
-
-    #: Expert-parallel ranks; 1 = every process has its part of every expert, so their balance costs nothing.
-    expert_parallel: int = 1
-    #: Groups of processes that each see other tokens, with all experts of their own.
-    independent: int = 1
-
-
 def path_of(socket: Path) -> Path:
     """Where the engine of the runner on ``socket`` counts, less the rank."""
     return scratch.folder_of(socket) / "experts"
 
 
-def ranks_of(spec: RunnerSpec) -> Ranks:
-    """How a vLLM runner shares its experts, from its options."""
+def ranks_of(spec: RunnerSpec) -> int:
+    """Ranks that hold different experts of a vLLM runner, from its options.
+
+    1 where every process has its part of every expert: then their balance costs nothing.
+    """
     table = {key.replace("_", "-"): value for key, value in spec.options.get("args", {}).items()}
+    if not table.get("enable-expert-parallel"):
+        return 1
     devices = len(spec.device.partition(":")[2].split(","))
     data = int(table.get("data-parallel-size", 1))
-    tensor = int(table.get("tensor-parallel-size", max(1, devices // data)))
-    if table.get("enable-expert-parallel"):
-        return Ranks(expert_parallel=tensor * data)
-    return Ranks(independent=data)
+    return data * int(table.get("tensor-parallel-size", max(1, devices // data)))
 
 
-def read_counts(path: Path, independent: int = 1) -> Counts | None:
+def read_counts(path: Path) -> Counts | None:
     """Tokens of each (layer, expert) so far: [layers, experts], or None while nothing was counted.
 
-    Ranks that share experts or split them see the routing of all tokens, so the furthest of them has the
-    truth; independent groups (equally many ranks each, in order) see tokens of their own, which are summed.
+    Every rank sees the routing of all tokens (under data parallelism vLLM gathers them for the experts), so
+    the furthest of them has the truth.
     """
     found = [counts for file in _files(path) if (counts := _read(file)) is not None]
-    shapes = {counts.shape for counts in found}
-    if len(shapes) != 1:
+    if len({counts.shape for counts in found}) != 1:
         return None
-    table = np.stack(found)
-    groups = independent if len(found) % independent == 0 else 1
-    return np.asarray(table.reshape(groups, -1, *table.shape[1:]).max(axis=1).sum(axis=0), dtype=np.int64)
+    return np.asarray(np.stack(found).max(axis=0), dtype=np.int64)
 
 
 def _files(path: Path) -> list[Path]:
@@ -109,12 +97,12 @@ def reported_file(path: Path) -> Path:
     return path.with_name(path.name + ".reported")
 
 
-def metrics_text(path: Path, ranks: Ranks) -> bytes:
+def metrics_text(path: Path, ranks: int) -> bytes:
     """Prometheus text of the experts' loads; empty while there are none."""
-    counts = read_counts(path, ranks.independent)
+    counts = read_counts(path)
     families: list[Metric] = []
     if counts is not None:
-        families += _counted(counts, ranks.expert_parallel)
+        families += _counted(counts, ranks)
     elif (reported := read_reported(path)) is not None:
         families.append(_overall([("ranks", reported)]))
     if not families:

@@ -17,7 +17,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.runners import expert_log
 from engine.runners.expert_load import (
     MOST_SERIES,
-    Ranks,
     metrics_text,
     path_of,
     ranks_of,
@@ -64,14 +63,6 @@ def test_ranks_that_see_all_tokens_count_once(tmp_path: Path) -> None:
     assert counts is not None and counts.tolist() == [[4, 2], [3, 3]]
 
 
-def test_independent_groups_are_summed_in_their_order(tmp_path: Path) -> None:
-    path = tmp_path / "experts"
-    for rank, counts in enumerate([[[4, 2]], [[4, 1]], [[10, 0]], [[10, 1]]]):
-        write(path, rank, counts)
-    summed = read_counts(path, independent=2)
-    assert summed is not None and summed.tolist() == [[14, 3]]
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -87,7 +78,7 @@ def test_a_file_that_is_not_whole_is_not_there(tmp_path: Path, content: bytes) -
     (tmp_path / "experts.0").write_bytes(content)
     (tmp_path / "experts.old").write_bytes(b"x" * 100)
     assert read_counts(path) is None
-    assert metrics_text(path, Ranks()) == b""
+    assert metrics_text(path, 1) == b""
     write(path, 1, [[1, 2, 3, 4]])
     counts = read_counts(path)
     assert counts is not None and counts.tolist() == [[1, 2, 3, 4]]
@@ -103,7 +94,7 @@ def test_ranks_of_different_shapes_are_not_mixed(tmp_path: Path) -> None:
 def test_the_text_tells_balance_over_experts_and_ranks(tmp_path: Path) -> None:
     path = tmp_path / "experts"
     write(path, 0, [[6, 2, 4, 4], [8, 0, 0, 0]])
-    found = samples(metrics_text(path, Ranks(expert_parallel=2)))
+    found = samples(metrics_text(path, 2))
     assert found["hearth_expert_balancedness", ("0", "experts")] == pytest.approx(4 / 6)
     assert found["hearth_expert_balancedness", ("0", "ranks")] == 1.0
     assert found["hearth_expert_balancedness", ("1", "ranks")] == 0.5
@@ -111,14 +102,14 @@ def test_the_text_tells_balance_over_experts_and_ranks(tmp_path: Path) -> None:
     assert found["hearth_expert_balancedness_overall", ("experts",)] == pytest.approx(6 / 14)
     assert found["hearth_expert_tokens_total", ("0", "1")] == 8  # expert, layer
     assert len([key for key in found if key[0] == "hearth_expert_tokens_total"]) == 8
-    alone = samples(metrics_text(path, Ranks()))
+    alone = samples(metrics_text(path, 1))
     assert ("hearth_expert_balancedness_overall", ("ranks",)) not in alone
 
 
 def test_large_models_do_not_flood_the_metrics(tmp_path: Path) -> None:
     path = tmp_path / "experts"
     write(path, 0, np.ones((58, 256)))
-    found = samples(metrics_text(path, Ranks(expert_parallel=8)))
+    found = samples(metrics_text(path, 8))
     assert MOST_SERIES < 58 * 256
     assert len(found) == 2 * 58 + 2
     assert set(found.values()) == {1.0}
@@ -127,7 +118,7 @@ def test_large_models_do_not_flood_the_metrics(tmp_path: Path) -> None:
 def test_before_the_first_token_there_is_no_overall_figure(tmp_path: Path) -> None:
     path = tmp_path / "experts"
     write(path, 0, np.zeros((1, 4)))
-    found = samples(metrics_text(path, Ranks()))
+    found = samples(metrics_text(path, 1))
     assert ("hearth_expert_balancedness_overall", ("experts",)) not in found
     assert found["hearth_expert_tokens_total", ("3", "0")] == 0
 
@@ -135,20 +126,20 @@ def test_before_the_first_token_there_is_no_overall_figure(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("device", "args", "ranks"),
     [
-        ("cpu:0", {}, Ranks()),
-        ("cpu:0", {"tensor-parallel-size": 2}, Ranks()),
-        ("cpu:0", {"tensor-parallel-size": 2, "enable-expert-parallel": True}, Ranks(expert_parallel=2)),
-        ("cpu:0", {"tensor_parallel_size": 2, "enable_expert_parallel": True}, Ranks(expert_parallel=2)),
-        ("cuda:0,1,2,3", {"enable-expert-parallel": True}, Ranks(expert_parallel=4)),
+        ("cpu:0", {}, 1),
+        ("cpu:0", {"tensor-parallel-size": 2}, 1),
+        ("cpu:0", {"tensor-parallel-size": 2, "enable-expert-parallel": True}, 2),
+        ("cpu:0", {"tensor_parallel_size": 2, "enable_expert_parallel": True}, 2),
+        ("cuda:0,1,2,3", {"enable-expert-parallel": True}, 4),
         (
             "cuda:0,1,2,3",
             {"enable-expert-parallel": True, "data-parallel-size": 4, "tensor-parallel-size": 1},
-            Ranks(expert_parallel=4),
+            4,
         ),
-        ("cpu:0", {"data-parallel-size": 2}, Ranks(independent=2)),
+        ("cpu:0", {"data-parallel-size": 2}, 1),
     ],
 )
-def test_how_a_runner_shares_its_experts(device: str, args: dict[str, Any], ranks: Ranks) -> None:
+def test_how_a_runner_shares_its_experts(device: str, args: dict[str, Any], ranks: int) -> None:
     assert ranks_of(spec(device, **args)) == ranks
 
 
@@ -188,7 +179,7 @@ def test_the_engines_own_figure_is_told(logger: logging.Logger, tmp_path: Path) 
     logger.info(LINE.format(step=100, model="draft").replace("0.5000", "0.9000"))
     assert read_reported(path) == 0.5
     assert json.loads(reported_file(path).read_text())["step"] == 100
-    found = samples(metrics_text(path, Ranks(expert_parallel=8)))
+    found = samples(metrics_text(path, 8))
     assert found == {("hearth_expert_balancedness_overall", ("ranks",)): 0.5}
     assert [file.name for file in tmp_path.iterdir()] == ["experts.reported"]
 
@@ -238,7 +229,7 @@ def page(text: bytes) -> httpx.ASGITransport:
 async def test_the_engines_page_is_kept_and_ours_follows(tmp_path: Path) -> None:
     path = tmp_path / "experts"
     write(path, 0, [[3, 1]])
-    async with httpx.AsyncClient(transport=page(metrics_text(path, Ranks())), base_url="http://r") as client:
+    async with httpx.AsyncClient(transport=page(metrics_text(path, 1)), base_url="http://r") as client:
         for headers in ({}, {"accept": "application/openmetrics-text;version=1.0.0"}):
             answer = await client.get("/metrics", headers={"accept-encoding": "gzip", **headers})
             assert "content-encoding" not in answer.headers
