@@ -159,8 +159,8 @@ class _Helper:
         yield from self._less()
         yield from self._other_tier()
         yield from self._shorter()
-        yield from self._others()
         yield from self._more_host()
+        yield from self._others()
         more = [*self._more_nodes(), *self._other_gpus()]
         if more:
             yield f"It fits with {', or '.join(more)}."
@@ -185,9 +185,10 @@ class _Helper:
             yield 'Keep the KV cache in fp8 (`kv_dtype = "fp8"`).'
 
     def _other_tier(self) -> Iterator[str]:
-        """Sleeping, or not sleeping, by itself."""
-        if self.want.tier == "resident" and self._fits(self._standby()):
-            yield '`tier = "standby"` would make it fit: it then shares memory with those that sleep.'
+        """Staying awake, where only the host is short of memory.
+
+        The other way round helps only together with another (``_away``): awake it takes as much.
+        """
         if self.want.tier == "standby" and self._fits(replace(self.want, tier="resident")):
             yield '`tier = "resident"` would make it fit: there is room for it to stay awake.'
 
