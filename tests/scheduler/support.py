@@ -6,16 +6,17 @@ import asyncio
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engine.config import Config
 from engine.scheduler.commands import Commands
 from engine.scheduler.devices import Device
 from engine.scheduler.launcher import Order
 from engine.scheduler.messages import Event
-from engine.scheduler.plan import RunnerPlan, make_plan
-from engine.scheduler.probe import ProbeError
+from engine.scheduler.plan import RunnerPlan, Standing, make_plan
+from engine.scheduler.probe import BusyError, ProbeError
 from engine.scheduler.units import GatewayPlan, Policy, PreparationPlan, ProcessRef
 from models.catalog import Catalog
 from models.entry import LocalSource, ModelEntry
@@ -64,6 +65,31 @@ def config(tmp_path: Path, **fields: Any) -> Config:
 def runner_plans(tmp_path: Path, *entries: ModelEntry, **fields: Any) -> list[RunnerPlan]:
     names = [one.id for one in entries]
     return make_plan(config(tmp_path, **fields), profile(*names), catalog(*entries), HOST)
+
+
+def standing(
+    tmp_path: Path,
+    name: str,
+    device: str = "cuda:0",
+    *,
+    awake: int = 5,
+    asleep: int = 1,
+    tier: Literal["resident", "standby"] = "standby",
+    number: int = 0,
+    **fields: Any,
+) -> RunnerPlan:
+    """A replica on a device of its own choice, with sizes that are easy to add up (bytes)."""
+    (plan,) = runner_plans(tmp_path, entry(name))
+    host = fields.pop("host", 0)
+    return replace(
+        plan,
+        id=f"{name}-{number}",
+        device=device,
+        standing=Standing(tier=tier, **fields),
+        awake_bytes=awake,
+        asleep_bytes=asleep if tier == "standby" else 0,
+        host_bytes=host,
+    )
 
 
 def gateway_plan(index: int = 0, fingerprint: str = "g", *, alone: bool = True) -> GatewayPlan:
@@ -165,6 +191,10 @@ class FakeProber:
         self.sick: set[str] = set()
         self.cold: dict[str, str] = {}
         self.warmed: list[str] = []
+        #: Names of sockets, which are those of units, of runners that sleep; and of those that are in use.
+        self.asleep: set[str] = set()
+        self.busy: set[str] = set()
+        self.stiff: set[str] = set()
 
     async def runner_health(self, socket: Path) -> None:
         if socket.stem in self.sick:
@@ -178,6 +208,22 @@ class FakeProber:
         if plan.id in self.cold:
             raise ProbeError(self.cold[plan.id])
         self.warmed.append(plan.id)
+
+    async def sleep(self, socket: Path, timeout_s: float) -> None:
+        if socket.stem in self.stiff:
+            raise ProbeError(f"falling asleep took longer than {timeout_s:g} s")
+        if socket.stem in self.busy:
+            raise BusyError("it has a request in hand")
+        self.asleep.add(socket.stem)
+
+    async def wake(self, plan: RunnerPlan, timeout_s: float) -> None:
+        if plan.id in self.stiff:
+            raise ProbeError(f"waking up took longer than {timeout_s:g} s")
+        self.asleep.discard(plan.spec.socket.stem)
+        await self.warm_up(plan, timeout_s)
+
+    async def is_sleeping(self, socket: Path, timeout_s: float) -> bool:
+        return socket.stem in self.asleep
 
     async def close(self) -> None:
         pass
