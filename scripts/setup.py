@@ -101,6 +101,9 @@ def install(python: Path, kind: str) -> None:
         fail("pip could not install setuptools; its own words stand above. Is a package index reachable?")
     if kind == "cpu":
         install_torch_cpu(python, torch_pin(kind))
+    # Metadata that an older build left here comes before the installed one on a runner's path, and would hide
+    # entry points added since.
+    shutil.rmtree(ROOT / "hearth.egg-info", ignore_errors=True)
     pinned = (ROOT / f"requirements/{kind}.txt").read_text().count("==")
     step(f"{pinned} pinned packages; this takes a few minutes")
     needed = ["--requirement", str(ROOT / f"requirements/{kind}.in"), "--editable", f"{ROOT}[{EXTRAS}]"]
