@@ -31,7 +31,8 @@ def _living(unit: Unit) -> Amount:
 
 
 def _reserved(unit: Unit) -> Amount:
-    if not isinstance(unit.plan, RunnerPlan) or unit.standby:
+    if not isinstance(unit.plan, RunnerPlan) or unit.standby or unit.waits or unit.leaving:
+        # One that waits for others to end takes over what they hold; one that leaves needs no more.
         return {}
     return dict.fromkeys(unit.plan.devices, unit.plan.awake_bytes)
 
@@ -91,6 +92,8 @@ class Ledger:
         taken = held(world)
         self.free = {device: room - taken[device] for device, room in world.room.items()}
         self.soon = dict(self.free)
+        #: Taken from both since.
+        self._given: Counter[str] = Counter()
         for unit in world.of_kind("runner"):
             if unit.ending:
                 reserved = _reserved(unit)
@@ -101,11 +104,18 @@ class Ledger:
 
     def fits(self, need: Amount) -> bool:
         """Whether there is room for it now; on a device that is over its room there is for nothing."""
-        return all(self.free[device] >= size for device, size in need.items() if device in self.free)
+        return not self._lacks(self.free, need)
 
     def short(self, need: Amount) -> dict[str, int]:
         """What will still lack of each device; empty = it will fit."""
-        lacks = {d: size - self.soon[d] for d, size in need.items() if d in self.soon}
+        return self._lacks(self.soon, need)
+
+    def _lacks(self, there: Amount, need: Amount) -> dict[str, int]:
+        lacks: dict[str, int] = {}
+        for device, size in need.items():
+            if device in there:
+                # What is kept for others is no hindrance to one whose own memory is reserved already.
+                lacks[device] = size - there[device] - (0 if size else self._given[device])
         return {device: size for device, size in lacks.items() if size > 0}
 
     def take(self, need: Amount) -> None:
@@ -114,6 +124,7 @@ class Ledger:
             if device in self.free:
                 self.free[device] -= size
                 self.soon[device] -= size
+                self._given[device] += size
 
     def expect(self, relief: Amount) -> None:
         """Memory will come back."""
