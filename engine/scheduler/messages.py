@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.routes import ReplicaState
+from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.units import ModelUsage, ProcessRef, Progress, ReplicaUsage
 
 
@@ -93,7 +94,46 @@ class Settle:
     unit: str
 
 
-Action = Launch | Check | WarmUp | Terminate | Sweep | Withdraw | Restore | Sleep | Wake | Settle
+@dataclass(frozen=True)
+class Depart:
+    """Take a replica that leaves out of the route table for good. No effect."""
+
+    unit: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Add:
+    """Have one more replica of a model: a unit that is yet to start. No effect."""
+
+    unit: str
+    plan: RunnerPlan
+    reason: str
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Have one replica fewer: the unit leaves. No effect."""
+
+    unit: str
+    reason: str
+
+
+Action = (
+    Launch
+    | Check
+    | WarmUp
+    | Terminate
+    | Sweep
+    | Withdraw
+    | Restore
+    | Sleep
+    | Wake
+    | Settle
+    | Depart
+    | Add
+    | Drop
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.scheduler.departures import departure_timers, departures
 from engine.scheduler.messages import Action, Check, Launch, Sweep, Terminate, WarmUp
+from engine.scheduler.scaling import scale
 from engine.scheduler.starts import may_start
 from engine.scheduler.tiers import tier_actions, tier_timers
 from engine.scheduler.units import Unit, World
@@ -16,12 +18,15 @@ from engine.scheduler.units import Unit, World
 
 def reconcile(world: World, now: float) -> list[Action]:
     """The actions that are due at ``now`` (the loop's clock, seconds)."""
-    endings = list(_endings(world, now))
+    endings = [*_endings(world, now)]
+    if not world.stop:
+        found = {action.unit for action in endings}
+        endings += [action for action in departures(world, now) if action.unit not in found]
     ending = {action.unit for action in endings}
     watches = (action for action in _watches(world, now) if action.unit not in ending)
     if world.stop:
         return [*endings, *watches]
-    starts = _starts(world, now)
+    starts = [*_starts(world, now), *scale(world, now)]
     # What ends now may stand in the way of a start, which the next look will see.
     return [*endings, *watches, *starts, *([] if endings else tier_actions(world, now))]
 
@@ -33,7 +38,7 @@ def next_wakeup(world: World, now: float) -> float | None:
     """
     times = [time for unit in world.units.values() for time in _timers(world, unit, now)]
     if not world.stop:
-        times += [time for time in tier_timers(world, now) if time > now]
+        times += [t for t in (*tier_timers(world, now), *departure_timers(world)) if t > now]
     return min(times, default=None)
 
 

@@ -13,6 +13,7 @@ from engine.scheduler.changes import Change, differences, live_differences
 from engine.scheduler.handover import hand_over
 from engine.scheduler.plan import RunnerPlan, gib, spec_fingerprint
 from engine.scheduler.seats import Rooms, Seeker, Taken, candidates, elsewhere, seat
+from engine.scheduler.units import Leaving
 
 
 @dataclass(frozen=True)
@@ -22,14 +23,8 @@ class Stood:
     plan: RunnerPlan
     #: It answers requests (or sleeps), so its successor is waited for.
     serves: bool = True
-
-
-@dataclass(frozen=True)
-class Leaving:
-    """Why an old replica goes, and when: once all ``successors`` are ready, at once where there are none."""
-
-    reason: str
-    successors: tuple[str, ...] = ()
+    #: It has a process, which holds its memory.
+    started: bool = True
 
 
 @dataclass
@@ -66,7 +61,7 @@ def essence(plan: RunnerPlan) -> str:
 
 
 def replan(
-    old: Sequence[Stood], fresh: Sequence[RunnerPlan], rooms: Rooms, taken_ids: Iterable[str] = ()
+    old: Sequence[Stood], fresh: Sequence[RunnerPlan], rooms: Rooms, going: Sequence[RunnerPlan] = ()
 ) -> Replan:
     """The new plan with the fewest moves.
 
@@ -77,7 +72,7 @@ def replan(
         old: what stands, or is about to.
         fresh: the fewest replicas of every model, as a plan from nothing places them; they fit.
         rooms: bytes of each device for runners.
-        taken_ids: further ids that new replicas may not get.
+        going: replicas that are on their way out already, and still hold their memory and their ids.
 
     Raises:
         PlanError: a socket's path would be too long.
@@ -88,7 +83,7 @@ def replan(
     _follow(slots, left)
     _follow(extras, left)
     places = seat([_seeker(slot) for slot in slots], rooms)
-    names = _Names([*(one.plan.id for one in old), *taken_ids])
+    names = _Names(plan.id for plan in (*(one.plan for one in old), *going))
     taken = Taken(rooms)
     for slot, device in zip(slots, places, strict=True):
         _settle(slot, device, names)
@@ -101,7 +96,7 @@ def replan(
             _settle(slot, spare, names)
             taken.add(_plan(slot))
     stay = [slot for slot in _in_order(slots, extras) if slot.plan]
-    return _result(stay, left, rooms)
+    return _result(stay, left, rooms, going)
 
 
 def _matched(fresh: Sequence[RunnerPlan], left: list[Stood]) -> list[_Slot]:
@@ -211,20 +206,30 @@ def _number(unit: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def _result(slots: Sequence[_Slot], left: Sequence[Stood], rooms: Rooms) -> Replan:
+def _result(
+    slots: Sequence[_Slot], left: Sequence[Stood], rooms: Rooms, going: Sequence[RunnerPlan]
+) -> Replan:
     result = Replan(runners=[_plan(slot) for slot in slots])
-    kept = {slot.same.plan.id for slot in slots if slot.same and slot.same.plan.id == _plan(slot).id}
+    kept = {one.plan.id: one for slot in slots if (one := slot.same) and one.plan.id == _plan(slot).id}
     goers = {stood.plan.id: stood for stood in left}
     heirs: dict[str, tuple[str, ...]] = {}
+    for stood in left:
+        # Those of its model that are yet to become ready: it need not go before them.
+        heirs[stood.plan.id] = tuple(
+            plan.id
+            for plan in result.runners
+            if plan.model == stood.plan.model and not (plan.id in kept and kept[plan.id].serves)
+        )
     for slot in slots:
         gone = slot.same or slot.before
         if gone and gone.plan.id not in kept:
             goers[gone.plan.id] = gone
             heirs[gone.plan.id] = (_plan(slot).id,)
+    started = {name for name, stood in kept.items() if stood.started}
     order = hand_over(
-        [plan for plan in result.runners if plan.id in kept],
-        [plan for plan in result.runners if plan.id not in kept],
-        {name: stood.plan for name, stood in goers.items()},
+        [plan for plan in result.runners if plan.id in started],
+        [plan for plan in result.runners if plan.id not in started],
+        {name: stood.plan for name, stood in goers.items()} | {plan.id: plan for plan in going},
         # One that never answered is not waited for.
         {name: units for name, units in heirs.items() if goers[name].serves},
         rooms,
@@ -232,17 +237,19 @@ def _result(slots: Sequence[_Slot], left: Sequence[Stood], rooms: Rooms) -> Repl
     result.waits = order.waits
     result.changes = [_change(slot, order.early) for slot in slots]
     wanted = {plan.model for plan in result.runners}
-    for stood in left:
-        result.changes.append(_removal(stood.plan, wanted))
-        result.leaving[stood.plan.id] = Leaving(result.changes[-1].reason)
+    result.changes += [_removal(stood.plan, wanted) for stood in left]
     for name, units in heirs.items():
         waits = goers[name].serves and name not in order.early
-        result.leaving[name] = Leaving(f"replaced by {units[0]}", units if waits else ())
+        reason = f"replaced by {', '.join(units)}" if units else _why_removed(goers[name].plan, wanted)
+        result.leaving[name] = Leaving(reason, units if waits else ())
     return result
 
 
+def _why_removed(plan: RunnerPlan, wanted: set[str]) -> str:
+    return "fewer replicas" if plan.model in wanted else "no longer asked for"
+
+
 def _removal(plan: RunnerPlan, wanted: set[str]) -> Change:
-    reason = "fewer replicas" if plan.model in wanted else "no longer asked for"
     return Change(
         kind="removed",
         model=plan.model,
@@ -250,7 +257,7 @@ def _removal(plan: RunnerPlan, wanted: set[str]) -> Change:
         was=plan.id,
         device=plan.device,
         was_device=plan.device,
-        reason=reason,
+        reason=_why_removed(plan, wanted),
     )
 
 

@@ -11,7 +11,7 @@ from engine.scheduler.units import Unit, World
 
 def may_start(world: World, unit: Unit, now: float) -> bool:
     """Whether the unit has no process, its wait is over, and what it needs is there (memory aside)."""
-    if not unit.wanted or unit.process is not None:
+    if not unit.wanted or unit.process is not None or unit.leaving or unit.waits:
         return False
     if unit.state not in ("planned", "backoff") or now < unit.retry_at:
         return False

@@ -6,7 +6,10 @@ from collections.abc import Iterable
 
 from engine.scheduler.messages import (
     Action,
+    Add,
     Check,
+    Depart,
+    Drop,
     Event,
     Exited,
     Gone,
@@ -37,11 +40,14 @@ from engine.scheduler.messages import (
     Woken,
 )
 from engine.scheduler.plan import RunnerPlan
+from engine.scheduler.scaling import take_stock
 from engine.scheduler.statefile import UnitRecord
+from engine.scheduler.trend import begun_anew, grown
 from engine.scheduler.units import (
     Demand,
     Ending,
     GatewayPlan,
+    Leaving,
     Placed,
     Stop,
     Unit,
@@ -116,6 +122,9 @@ def _placed(plan: UnitPlan | None) -> Placed | None:
 
 def commit(world: World, action: Action, now: float) -> None:
     """Writes down that an action is under way, before it is carried out."""
+    if isinstance(action, Add):
+        _add(world, action, now)
+        return
     unit = world.units[action.unit]
     match action:
         case Launch():
@@ -168,6 +177,28 @@ def commit(world: World, action: Action, now: float) -> None:
             unit.become("waking", now)
         case Settle():
             unit.moving = True
+        case Depart():
+            unit.withdrawal = None
+            unit.farewell = Withdrawal(now, version=world.published)
+            unit.become("draining", now, action.reason)
+        case Drop():
+            unit.leaving = Leaving(action.reason)
+            world.trends[unit.model] = begun_anew(world.trends[unit.model])
+
+
+def _add(world: World, action: Add, now: float) -> None:
+    """One more unit, behind those of its model."""
+    model = action.plan.model
+    world.trends[model] = grown(world.trends[model])
+    units: dict[str, Unit] = {}
+    new = Unit(action.unit, "runner", action.plan, since=now)
+    last = [unit.id for unit in world.of_kind("runner") if unit.model == model][-1]
+    for name, unit in world.units.items():
+        units[name] = unit
+        if name == last:
+            units[new.id] = new
+    world.units.clear()
+    world.units.update(units)
 
 
 def _name(world: World, unit: str) -> str:
@@ -197,6 +228,7 @@ def apply(world: World, event: Event, now: float) -> None:
         case UsageReported():
             if any(unit.process and unit.process.pid == event.worker for unit in world.of_kind("gateway")):
                 world.usage[event.worker] = Usage(event.version, event.replicas, event.models, now)
+            take_stock(world, now)
             return
     unit = world.units.get(event.unit)
     if unit is None:
@@ -334,7 +366,7 @@ def _exited(world: World, unit: Unit, event: Exited, now: float) -> None:
         unit.result = event.result
         unit.ending = Ending(deadline=now, then="ready", exited=True)
         return
-    if world.stop or unit.plan is None:
+    if world.stop or unit.plan is None or unit.leaving:
         unit.become("draining", now, event.reason)
         unit.ending = Ending(deadline=now, then="stopped", exited=True)
         return
@@ -356,8 +388,8 @@ def _gone(world: World, unit: Unit, now: float) -> None:
     unit.awake = False
     unit.awake_since = 0.0
     _end_moves(unit)
-    if unit.plan is None:
-        del world.units[unit.id]
+    if unit.plan is None or unit.leaving:
+        forget(world, unit.id)
     elif world.stop:
         unit.become("stopped", now)
     elif then == "backoff":
@@ -366,6 +398,13 @@ def _gone(world: World, unit: Unit, now: float) -> None:
         unit.become(then, now)
         unit.failures = 0
         unit.retry_at = 0.0
+
+
+def forget(world: World, name: str) -> None:
+    """A unit is no more; who waited for its memory waits for it no longer."""
+    del world.units[name]
+    for unit in world.units.values():
+        unit.waits -= {name}
 
 
 def _count_failure(world: World, unit: Unit, now: float) -> None:

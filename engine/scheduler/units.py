@@ -14,6 +14,7 @@ from typing import Literal
 
 from engine.routes import ReplicaState
 from engine.scheduler.plan import RunnerPlan
+from engine.scheduler.trend import Rules, Trend
 from models.entry import ModelEntry
 
 UnitKind = Literal["runner", "gateway", "preparation"]
@@ -91,6 +92,15 @@ class Withdrawal:
     version: int = 0
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """The plan asks no more for a unit that lives: it goes once all ``successors`` are ready."""
+
+    reason: str
+    #: () = it goes at once.
+    successors: tuple[str, ...] = ()
+
+
 @dataclass
 class Progress:
     """How far a preparation has come; ``total`` None = unknown."""
@@ -151,6 +161,12 @@ class Unit:
     unsettled: bool = False
     #: Not to be put to sleep before: it turned out busy.
     spared_until: float = 0.0
+    #: It is to end and not to start again.
+    leaving: Leaving | None = None
+    #: It has left the route table for good, and ends once the gateway workers have taken note.
+    farewell: Withdrawal | None = None
+    #: Units whose memory (or place) it needs: it starts once they are gone.
+    waits: frozenset[str] = frozenset()
     progress: Progress | None = None
     #: A preparation's outcome: the folder that the engine loads.
     result: Path | None = None
@@ -310,6 +326,10 @@ class World:
     usage: dict[int, Usage] = field(default_factory=dict)
     #: Version of the route table that was published last.
     published: int = 0
+    #: The numbers of ``[scaling]``.
+    scaling: Rules = field(default_factory=Rules)
+    #: How load goes, by model id, where the number of replicas may follow it.
+    trends: dict[str, Trend] = field(default_factory=dict)
 
     def of_kind(self, kind: UnitKind) -> Iterator[Unit]:
         return (unit for unit in self.units.values() if unit.kind == kind)

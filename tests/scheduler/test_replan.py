@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.runners.spec import RunnerSpec
@@ -231,6 +231,7 @@ def fewest_moves(seekers: Sequence[Seeker], rooms: dict[str, int]) -> int:
     return best
 
 
+@settings(deadline=None)
 @given(instances())
 def test_no_placement_moves_fewer_and_nobody_is_over_room(
     instance: tuple[dict[str, int], list[RunnerPlan], list[RunnerPlan]],
@@ -248,6 +249,7 @@ def test_no_placement_moves_fewer_and_nobody_is_over_room(
     assert len({one.id for one in [*old, *result.runners]}) == len(old) + len(result.waits)
 
 
+@settings(deadline=None)
 @given(instances())
 def test_carried_out_in_any_order_memory_always_suffices_and_it_comes_to_an_end(
     instance: tuple[dict[str, int], list[RunnerPlan], list[RunnerPlan]],
