@@ -80,6 +80,8 @@ def scale(world: World, now: float) -> Iterator[Add | Drop]:
         trend = world.trends.get(model)
         if trend is None or any(unit.state != "ready" or unit.ending or unit.leaving for unit in units):
             continue
+        if load_of(world, model, units, now) is None:
+            continue
         what = due(trend, len(units), world.scaling, now)
         if what == "fewer":
             yield Drop(_dispensable(world, units).id, "little to do")
@@ -117,4 +119,4 @@ def _dispensable(world: World, units: list[Unit]) -> Unit:
     def flight(unit: Unit) -> int:
         return sum(u.replicas.get(unit.id, _NOTHING).in_flight for _, u in workers(world) if u)
 
-    return min(units, key=lambda unit: (flight(unit), -unit.started_at))
+    return min(reversed(units), key=lambda unit: (flight(unit), -unit.started_at))
