@@ -115,7 +115,7 @@ class TiersConfig(_Section):
 
     wake_wait_s: float = Field(
         default=60.0,
-        ge=0,
+        gt=0,
         description="Longest a request waits for its model to wake, seconds; then 503 with retry-after.",
     )
     most_waiting: int = Field(
@@ -154,7 +154,7 @@ class ScalingConfig(_Section):
     queue_wait_s: float = Field(
         default=1.0,
         gt=0,
-        description="Wait for an answer's first byte above which one more is wanted, seconds.",
+        description="Wait for a stream's first event above which one more is wanted, seconds.",
     )
     up_after_s: float = Field(
         default=10.0, ge=0, description="Time that load must stay high before a replica is added, seconds."
