@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import pytest
 
 from engine.runners import scratch
 from engine.runners.spec import RunnerSpec
+from engine.runners.vllm_server import weights_bytes
 from models.catalog import load_catalog
 from models.prepare import prepare
 
@@ -39,6 +41,21 @@ class Started:
     async def health(self) -> int:
         async with self.session() as session, session.get("/health") as answer:
             return answer.status
+
+    async def sleeps_and_wakes(self, weights: Path) -> None:
+        """Puts it to sleep and wakes it; asleep it holds less, by a quarter of its weight files at least.
+
+        Weights of 16 bits take twice their file's size in memory; of a mapped file only what was used is in.
+        """
+        size = await asyncio.to_thread(weights_bytes, weights)
+        awake = psutil.Process(self.process.pid).memory_full_info().pss
+        status, _, _ = await self.post("/sleep", b"")
+        assert status == 200, self.log.read_text()
+        assert await self.health() == 200
+        asleep = psutil.Process(self.process.pid).memory_full_info().pss
+        assert awake - asleep >= size / 4, (awake, asleep, size)
+        status, _, _ = await self.post("/wake_up", b"")
+        assert status == 200, self.log.read_text()
 
     async def ready(self, deadline_s: float = 60) -> None:
         until = time.monotonic() + deadline_s

@@ -44,6 +44,7 @@ async def runner(start_runner: StartRunner, weights: Path) -> Started:
         engine="faster-whisper",
         model_dir=weights,
         max_batch=4,
+        can_sleep=True,
     )
     await started.ready()
     return started
@@ -150,6 +151,13 @@ async def test_clips_of_several_requests_share_batches_and_stay_exact(runner: St
     batches = await metric(runner, "hearth_runner_batch_size_count") - before
     calls = await metric(runner, "hearth_runner_batch_size_sum") - sent
     assert calls == 4 and batches < calls
+
+
+async def test_after_a_sleep_it_hears_the_same(runner: Started, weights: Path) -> None:
+    before = await post(runner, SAMPLE.read_bytes(), response_format="verbose_json")
+    for _ in range(2):
+        await runner.sleeps_and_wakes(weights)
+        assert await post(runner, SAMPLE.read_bytes(), response_format="verbose_json") == before
 
 
 async def test_a_client_that_goes_stops_its_work(runner: Started) -> None:

@@ -71,6 +71,7 @@ async def test_boxes_are_the_librarys_own(
         engine="ultralytics",
         model_dir=folder,
         max_wait_ms=200,
+        can_sleep=True,
     )
     await started.ready(120)
 
@@ -97,6 +98,11 @@ async def test_boxes_are_the_librarys_own(
     assert sure.count("bus") == 1 and sure.count("person") >= 3
     only = await ask(pictures[0], classes="bus", confidence="0.5", max_detections="1")
     assert [row["label"] for row in only["data"]] == ["bus"]
+
+    alone = await ask(pictures[0])
+    for _ in range(2):
+        await started.sleeps_and_wakes(folder)
+        assert await ask(pictures[0]) == alone
 
     started.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(started.process.wait, 15) == 0

@@ -24,6 +24,7 @@ async def test_the_real_model_answers(start_runner: StartRunner, weights: Callab
         model=MODEL,
         model_dir=weights(MODEL),
         max_batch=8,
+        can_sleep=True,
         options={"batch_tokens": 512},
     )
     await started.ready(120)
@@ -62,6 +63,10 @@ async def test_the_real_model_answers(start_runner: StartRunner, weights: Callab
     assert (await ask("word " * 254))["usage"]["prompt_tokens"] == 256
     status, body, _ = await started.post("/v1/embeddings", {"model": MODEL, "input": "word " * 255})
     assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+
+    for _ in range(2):
+        await started.sleeps_and_wakes(weights(MODEL))
+        assert (await vectors(texts) == together).all()
 
     started.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(started.process.wait, 15) == 0

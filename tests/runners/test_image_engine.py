@@ -31,6 +31,7 @@ def start(start_runner: StartRunner) -> Started:
         model_dir=WEIGHTS,
         max_batch=8,
         max_wait_ms=50,
+        can_sleep=True,
         options={"steps": 12, "guidance_scale": 4.0},
     )
 
@@ -71,6 +72,9 @@ async def test_pictures_show_what_was_asked_for(start_runner: StartRunner) -> No
     assert look(pixels(wide)[:, 128:640:1]) == Seen("circle", "red", "blue")
     pair = await ask("blue square", n=2)
     assert [look(pixels(pair, i)).colour for i in range(2)] == ["blue", "blue"]
+    for _ in range(2):
+        await runner.sleeps_and_wakes(WEIGHTS)
+        assert (pixels(await ask(asked[3].prompt)) == pixels(alone)).all()
     status, error, _ = await runner.post(PATH, {"model": "tiny-image", "prompt": "x", "size": "7x7"})
     assert (status, error["error"]["param"]) == (400, "size")
 

@@ -1,4 +1,4 @@
-"""Sleeping and waking: the rules alone in any order of events, then over HTTP with an engine without weights."""
+"""Sleeping and waking: the rules alone in any order of events, then over HTTP without weights."""
 
 from __future__ import annotations
 
