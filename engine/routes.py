@@ -39,6 +39,18 @@ class Replica(BaseModel):
     url: str | None = Field(default=None, description="http://host:port of a runner on another machine.")
 
 
+class ExpertBalance(BaseModel):
+    """How evenly a mixture of experts is loaded: mean over largest load, 1 = evenly."""
+
+    model_config = ConfigDict(extra="ignore")
+    over: Literal["ranks", "experts"] = Field(
+        description="What is compared: ranks, where several hold experts."
+    )
+    overall: float = Field(description="The layers' mean loads together over their largest together.")
+    worst: float | None = Field(default=None, description="The least even layer's; None = not told.")
+    worst_layer: int | None = None
+
+
 class ModelRoute(BaseModel):
     """What a gateway needs to know of one served model."""
 
@@ -71,6 +83,9 @@ class ModelRoute(BaseModel):
     )
     at: float = Field(default=0.0, description="Unix time of this row.")
     replicas: list[Replica] = Field(default_factory=list, description="Ready replicas only.")
+    expert_balance: ExpertBalance | None = Field(
+        default=None, description="Of the least even replica, now and then; None = no experts, or not known."
+    )
 
 
 class RouteTable(BaseModel):

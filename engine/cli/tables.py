@@ -9,13 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from engine.cli.doctor import Check
-from engine.scheduler.status import ModelStatus, Status
+from engine.routes import ExpertBalance
+from engine.scheduler.status import DeviceStatus, ModelStatus, Status
 
 _STYLES = {
     "ready": "green",
     "failed": "red",
     "backoff": "red",
     "draining": "yellow",
+    "asleep": "blue",
     "stopped": "dim",
 }
 
@@ -41,11 +43,23 @@ def note(model: ModelStatus) -> str:
         parts.append(f"{progress.message or progress.stage} {done}{of}")
     elif model.state != "ready" and model.reason:
         parts.append(model.reason)
-    if model.state not in ("ready", "stopped", "failed") and model.eta_s:
+    if model.state == "asleep" and model.eta_s:
+        parts.append(f"wakes in about {max(1.0, model.eta_s):.0f} s")
+    elif model.state not in ("ready", "stopped", "failed") and model.eta_s:
         parts.append(f"about {model.eta_s:.0f} s left")
+    if model.state == "ready" and model.tier == "standby":
+        parts.append("standby, pinned" if model.pinned else "standby")
+    if model.expert_balance:
+        parts.append(balance(model.expert_balance))
     if model.restarts:
         parts.append(f"{model.restarts} restart{'s' if model.restarts != 1 else ''}")
     return "; ".join(parts)
+
+
+def balance(found: ExpertBalance) -> str:
+    """How evenly experts are loaded, in words."""
+    text = f"balance of {found.over} {found.overall:.2f}"
+    return text if found.worst is None else f"{text} (layer {found.worst_layer}: {found.worst:.2f})"
 
 
 def models(status: Status) -> Table:
@@ -67,7 +81,13 @@ def models(status: Status) -> Table:
 def full(status: Status) -> Group:
     """The whole status: where it serves, then the models."""
     head = f"Hearth {status.scheduler.version}, profile {status.profile}, serving at {status.base_url}"
-    return Group(Text(head), models(status))
+    return Group(Text(head), models(status), *(memory(device) for device in status.devices))
+
+
+def memory(device: DeviceStatus) -> Text:
+    """How much of a device's memory is spoken for."""
+    share = 100 * device.held_bytes / device.room_bytes if device.room_bytes else 0
+    return Text(f"{device.device}: {size(device.held_bytes)} of {size(device.room_bytes)} held ({share:.0f} %)")
 
 
 def checks(found: Sequence[Check]) -> Table:

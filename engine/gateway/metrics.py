@@ -159,6 +159,11 @@ class _States(Collector):
         eta = GaugeMetricFamily(
             "hearth_model_ready_in_seconds", "Roughly how long until it is ready.", labels=("model",)
         )
+        even = GaugeMetricFamily(
+            "hearth_model_expert_balancedness",
+            "Mean over largest load of a mixture of experts: all layers together, and the least even one.",
+            labels=("model", "over", "layers"),
+        )
         now = time.time()
         for served in self._directory:
             route = served.route
@@ -168,7 +173,11 @@ class _States(Collector):
             left = remaining_s(route, now)
             if left is not None and not served.upstreams:
                 eta.add_metric((route.id,), left)
-        return (state, ready, eta)
+            if (found := route.expert_balance) is not None:
+                even.add_metric((route.id, found.over, "all"), found.overall)
+                if found.worst is not None:
+                    even.add_metric((route.id, found.over, "worst"), found.worst)
+        return (state, ready, eta, even)
 
 
 def forget_the_dead(folder: Path) -> None:

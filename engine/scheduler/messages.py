@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.routes import ReplicaState
+from engine.routes import ExpertBalance, ReplicaState
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.units import ModelUsage, ProcessRef, Progress, ReplicaUsage
 
@@ -270,6 +270,7 @@ class Measured:
     unit: str
     process: ProcessRef
     memory_bytes: int
+    expert_balance: ExpertBalance | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import aiohttp
 
+from engine.routes import ExpertBalance
+from engine.scheduler.expert_balance import parse_balance
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.warmup import Ask, warm_up_asks
 
@@ -42,6 +44,8 @@ class Prober(Protocol):
 
     async def is_sleeping(self, socket: Path, timeout_s: float) -> bool: ...
 
+    async def expert_balance(self, socket: Path) -> ExpertBalance | None: ...
+
     async def close(self) -> None: ...
 
 
@@ -67,6 +71,21 @@ class HttpProber:
         if place not in self._sessions:
             self._keep(place, aiohttp.UnixConnector(place))
         await self._get_health(place, "http://runner/health")
+
+    async def expert_balance(self, socket: Path) -> ExpertBalance | None:
+        """What a runner's /metrics tell of its experts; None where they tell nothing, or do not come."""
+        timeout = aiohttp.ClientTimeout(total=self._health_timeout_s)
+        try:
+            async with (
+                aiohttp.ClientSession(
+                    connector=aiohttp.UnixConnector(str(socket)), timeout=timeout
+                ) as session,
+                session.get("http://runner/metrics") as answer,
+            ):
+                return parse_balance(await answer.text()) if answer.status == 200 else None
+        except (TimeoutError, aiohttp.ClientError, OSError, UnicodeDecodeError):
+            # A figure less; whether it is well is asked elsewhere.
+            return None
 
     async def gateway_health(self, url: str) -> None:
         """``GET /health`` of a gateway; ``url`` without a path.

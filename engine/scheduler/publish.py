@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engine.routes import ModelRoute, Replica, RouteTable
+from engine.scheduler.expert_balance import worst_of
 from engine.scheduler.outlook import model_outlook
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.statefile import write_atomically
@@ -57,6 +58,7 @@ def _row(world: World, units: list[Unit], now: float, wall: float, created: int)
         eta_s=None if seen.eta_s is None else round(seen.eta_s, 1),
         at=round(wall, 3),
         replicas=[Replica(id=unit.id, socket=str(_socket(unit))) for unit in ready],
+        expert_balance=worst_of(unit.expert_balance for unit in ready),
     )
 
 

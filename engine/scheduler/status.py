@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from engine import __version__
-from engine.routes import ReplicaState
+from engine.routes import ExpertBalance, ReplicaState
 from engine.runners.spec import Category, EngineKind
+from engine.scheduler.expert_balance import worst_of
 from engine.scheduler.memory import held
 from engine.scheduler.outlook import Outlook, model_outlook, outlook
 from engine.scheduler.plan import RunnerPlan
@@ -65,6 +66,9 @@ class ModelStatus(BaseModel):
     restarts: int = 0
     pid: int | None = None
     memory_bytes: int | None = None
+    expert_balance: ExpertBalance | None = Field(
+        default=None, description="How evenly its experts are loaded, of the least even replica."
+    )
     log_tail: list[str] = []
     replicas: list[UnitStatus] = []
 
@@ -170,6 +174,7 @@ def _model(world: World, units: list[Unit], now: float) -> ModelStatus:
         restarts=sum(replica.restarts for replica in replicas),
         pid=next((replica.pid for replica in replicas if replica.pid), None),
         memory_bytes=sum(sizes) if sizes else None,
+        expert_balance=worst_of(unit.expert_balance for unit in units),
         log_tail=list(seen.log_tail),
         replicas=replicas,
     )

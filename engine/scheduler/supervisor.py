@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
+from engine.routes import ExpertBalance
 from engine.scheduler.commands import Commands
 from engine.scheduler.launcher import Launcher, LaunchError, describe_exit
 from engine.scheduler.listener import ListenError, Listeners
@@ -298,7 +299,14 @@ class Supervisor:
             await asyncio.sleep(_PROGRESS_S)
 
     async def _measure_one(self, unit: str, ref: ProcessRef) -> None:
-        self.send(Measured(unit, ref, await asyncio.to_thread(self._launcher.memory, ref)))
+        memory = await asyncio.to_thread(self._launcher.memory, ref)
+        self.send(Measured(unit, ref, memory, await self._expert_balance(unit)))
+
+    async def _expert_balance(self, unit: str) -> ExpertBalance | None:
+        seen = self.world.units.get(unit)
+        if seen is None or seen.state != "ready" or not isinstance(seen.plan, RunnerPlan):
+            return None
+        return await self._prober.expert_balance(seen.plan.spec.socket) if seen.plan.entry.experts else None
 
     async def _measure(self) -> None:
         while True:

@@ -62,7 +62,8 @@ from engine.scheduler.units import (
 PREPARATION_PATIENCE = 5
 
 
-def _kind_of(plan: UnitPlan) -> UnitKind:
+def kind_of(plan: UnitPlan) -> UnitKind:
+    """What kind of unit a plan is for."""
     if isinstance(plan, RunnerPlan):
         return "runner"
     return "gateway" if isinstance(plan, GatewayPlan) else "preparation"
@@ -76,7 +77,7 @@ def begin(world: World, plans: Iterable[UnitPlan], left: Iterable[UnitRecord], n
     that is not wanted, or was started otherwise, is there to be ended.
     """
     for plan in plans:
-        world.units[plan.id] = Unit(plan.id, _kind_of(plan), plan, since=now)
+        world.units[plan.id] = Unit(plan.id, kind_of(plan), plan, since=now)
     for record in left:
         unit = world.units.get(record.id)
         if unit is None:
@@ -301,6 +302,7 @@ def _apply_to_process(
                 _moved(world, unit, event, now)
         case Measured():
             unit.memory_bytes = event.memory_bytes
+            unit.expert_balance = event.expert_balance
 
 
 def _warmed(world: World, unit: Unit, now: float) -> None:

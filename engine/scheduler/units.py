@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from engine.routes import ReplicaState
+from engine.routes import ExpertBalance, ReplicaState
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.trend import Rules, Trend
 from models.entry import ModelEntry
@@ -146,6 +146,8 @@ class Unit:
     #: Device of a unit that no plan places any more.
     left_on: str = ""
     memory_bytes: int | None = None
+    #: Of a ready mixture of experts that tells it.
+    expert_balance: ExpertBalance | None = None
     #: A runner's memory, for as long as its process lives.
     placed: Placed | None = None
     #: Whether it holds its memory as one awake does: from its launch or its wake on until it is asleep.
