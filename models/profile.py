@@ -62,8 +62,8 @@ class Profile(BaseModel):
     title: str = ""
     plan_only: bool = Field(
         default=False,
-        description="True: `hearth plan` lays it out; `hearth serve` never chooses it by itself, since it "
-        "cannot launch replicas over several GPUs yet.",
+        description="True: `hearth plan` lays it out; `hearth serve` never chooses it, since it is made for "
+        "several machines.",
     )
     by_name: bool = Field(
         default=False, description="True: taken where it is named, never chosen by the machine's size."

@@ -144,7 +144,8 @@ class _Helper:
 
     def changes(self) -> Iterator[str]:
         """Sentences, the smallest change first."""
-        unknown = self.needs.unknown()
+        fixed = self.needs.engine == "vllm" and self.want.memory_bytes is not None
+        unknown = [] if fixed else self.needs.unknown()
         if unknown:
             yield f"Add {', '.join(unknown)} to its entry in models/catalog/, with the source."
             return
@@ -175,6 +176,11 @@ class _Helper:
         return next(room.moves(self._items[key]), None) is not None
 
     def _less(self) -> Iterator[str]:
+        if self.want.memory_bytes is not None:
+            lower = replace(self.want, memory_bytes=1)
+            if self._fits(lower):
+                yield "Lower its `memory_bytes`."
+            return
         if not self.needs.kv:
             return
         want = self.want
@@ -196,7 +202,7 @@ class _Helper:
         return replace(self.want, tier="standby")
 
     def _shorter(self) -> Iterator[str]:
-        if not self.needs.kv:
+        if not self.needs.kv or self.want.memory_bytes is not None:
             return
         want = self.want
         context = context_of(self.needs, want, self.policy)

@@ -85,6 +85,7 @@ def want_of(model: ProfileModel) -> Want:
     return Want(
         model=model.id,
         replicas=model.replicas,
+        most=model.max_replicas or model.replicas,
         context=model.context_length,
         concurrency=model.concurrency,
         max_batch=model.max_batch,

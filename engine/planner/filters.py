@@ -86,6 +86,8 @@ class Split:
     name: ClassVar[str] = "split"
 
     def reason(self, case: Case) -> str | None:
+        if case.want.tensor_parallel and case.needs.attention_heads is None:
+            return None  # whoever fixed it knows the heads
         # With EP an expert stays whole, so only its attention is split.
         return rules.split_reason(case.needs, case.layout.tp)
 

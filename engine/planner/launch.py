@@ -61,7 +61,7 @@ def spec_of(placement: Placement, runtime_dir: Path, rank: int = 0) -> RunnerSpe
         socket=runtime_dir / f"{placement.id}.sock",
         device="cuda:" + ",".join(map(str, gpus)),
         memory_bytes=placement.footprint.total * len(gpus),
-        context_length=placement.context if needs.engine == "vllm" else needs.context,
+        context_length=placement.context if needs.engine == "vllm" else want.context or needs.context,
         max_batch=want.max_batch,
         can_sleep=want.tier == "standby",
         options=options,

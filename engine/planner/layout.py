@@ -53,6 +53,8 @@ class Want:
 
     model: str
     replicas: int = 1
+    #: Most replicas: memory for those beyond ``replicas`` is left free where there is some.
+    most: int = 1
     #: Longest input plus output served, tokens; None = the policy's, at most the model's own.
     context: int | None = None
     #: Sequences of that length whose KV cache is held at once.

@@ -41,7 +41,11 @@ def make_plan(
     residents = [item for item in prepared.items if not item.standby]
     standby = [item for item in prepared.items if item.standby]
     placed = pack(residents, fleet, policy.search_steps) | pack(standby, fleet, policy.search_steps)
+    spare = {} if len(placed) < len(prepared.items) else pack(prepared.spare, fleet, 0)
     grown = grow(prepared, placed, fleet, needs, policy)
+    for item in prepared.spare:
+        if item.id in spare:
+            fleet.undo(item, spare[item.id])
     placements: list[Placement] = []
     refusals: list[Refusal] = []
     told: dict[Want, Refusal] = {}
@@ -67,7 +71,8 @@ def grow(
 ) -> dict[str, Footprint]:
     """Footprints with KV caches grown into what is left, shared evenly, and no more than could be used.
 
-    Residents' only: a larger cache of a standby replica would keep others from being awake beside it.
+    Residents' only: a larger cache of a standby replica would keep others from being awake beside it. And
+    not of those that may get more replicas: all of a model are alike, and a further one is to find room.
     """
     result = {name: move.option.footprint for name, move in placed.items()}
     if not policy.grow:
@@ -79,6 +84,7 @@ def grow(
         if move.option.footprint.token_bytes
         and move.option.sleep is None
         and prepared.wants[name].kv_bytes is None
+        and prepared.wants[name].most <= prepared.wants[name].replicas
     ]
     for name in able:
         for node, gpus in placed[name].places:

@@ -18,22 +18,27 @@ class Prepared:
     items: tuple[Item, ...]
     wants: dict[str, Want]
     choices: dict[str, dict[Group, Choice]]
+    #: Replicas that load may ask for: nothing is refused for want of room for them.
+    spare: tuple[Item, ...] = ()
 
 
 def prepare(needs: Mapping[str, ModelNeeds], wants: Sequence[Want], fleet: Fleet, policy: Policy) -> Prepared:
     """Filters and selects for every want on every group of nodes."""
     items: list[Item] = []
+    spare: list[Item] = []
     by_id: dict[str, Want] = {}
     choices: dict[str, dict[Group, Choice]] = {}
     for want in wants:
         found = choices_for(needs.get(want.model), want, fleet, policy)
         possible = {group: choice.options for group, choice in found.items() if choice.options}
         value = min((o.total for each in possible.values() for o in each), default=0)
-        for _ in range(want.replicas):
-            name = f"{want.model}-{sum(i.model == want.model for i in items)}"
-            items.append(Item(name, want.model, want.priority, possible, value))
+        for number in range(max(want.replicas, want.most)):
+            name = f"{want.model}-{sum(i.model == want.model for i in (*items, *spare))}"
+            (items if number < want.replicas else spare).append(
+                Item(name, want.model, want.priority, possible, value)
+            )
             by_id[name], choices[name] = want, found
-    return Prepared(tuple(items), by_id, choices)
+    return Prepared(tuple(items), by_id, choices, tuple(spare))
 
 
 def choices_for(needs: ModelNeeds | None, want: Want, fleet: Fleet, policy: Policy) -> dict[Group, Choice]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from engine.scheduler.nvml import DriverNvml, Nvml, NvmlError, visible
 
 CPU = "cpu:0"
 
@@ -16,6 +19,12 @@ class Device:
 
     name: str
     memory_bytes: int
+    #: A GPU's product name: 'NVIDIA H100 80GB HBM3'; '' = not known.
+    product: str = ""
+    #: A GPU's CUDA compute capability; None = not known.
+    capability: tuple[int, int] | None = None
+    #: Whether a GPU has NVLink.
+    nvlink: bool = False
 
     @property
     def is_gpu(self) -> bool:
@@ -40,21 +49,19 @@ def host_memory() -> int:
     return total
 
 
-def find_gpus() -> list[Device]:
-    """The GPUs; none when there is no NVIDIA driver or its library is not installed."""
+def find_gpus(nvml: Nvml | None = None, setting: str | None = None) -> list[Device]:
+    """The GPUs, in the order of their numbers; none when there is no NVIDIA driver.
+
+    Args:
+        nvml: whom to ask; None = the driver.
+        setting: as ``CUDA_VISIBLE_DEVICES``; None = this process's own.
+    """
     try:
-        import pynvml
-    except ImportError:
+        facts = (nvml or DriverNvml()).gpus()
+    except NvmlError:
         return []
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        sizes = [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
-    except pynvml.NVMLError:
-        return []
-    finally:
-        pynvml.nvmlShutdown()
-    return [Device(f"cuda:{index}", size) for index, size in enumerate(sizes)]
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES") if setting is None else setting
+    return [
+        Device(f"cuda:{gpu.index}", gpu.memory_bytes, gpu.product, gpu.capability, gpu.nvlink)
+        for gpu in sorted(visible(facts, setting), key=lambda gpu: gpu.index)
+    ]

@@ -12,9 +12,10 @@ from typing import Any
 from engine.config import Config
 from engine.runners.spec import RunnerSpec
 from engine.scheduler.devices import CPU, Device
+from engine.scheduler.gpus import machine_of, place_on_gpus
 from engine.scheduler.places import Place, place_on_cpu
 from engine.scheduler.rooms import host_room, rooms
-from engine.scheduler.wishes import Entries, PlanError, Standing, Wish, gib, wishes_of
+from engine.scheduler.wishes import Entries, PlanError, Standing, gib, wishes_of
 from models.entry import ModelEntry
 from models.profile import Profile
 
@@ -72,27 +73,16 @@ def make_plan(
             "Check `nvidia-smi`, or take the CPU profile: HEARTH_PROFILE=tiny."
         )
     if on_gpu:
-        places = _first_fit(wishes, {d.name: d.memory_bytes for d in devices if d.is_gpu})
+        machine = machine_of(devices, host_room(config, devices))
+        places = place_on_gpus(wishes, profile, machine, config.runtime_dir)
     else:
         places = place_on_cpu(wishes, rooms(config, devices)[CPU])
     return [_runner(config, place) for place in places]
 
 
-def _first_fit(wishes: Sequence[Wish], room: dict[str, int]) -> list[Place]:
-    places = []
-    for wish in wishes:
-        budget = wish.entry.memory_bytes if wish.budget is None else wish.budget
-        for number in range(wish.standing.min_replicas):
-            device = next((name for name, free in room.items() if budget <= free), None)
-            if device is None:
-                raise PlanError(f"{wish.id} needs {gib(budget)}; no GPU has as much left.")
-            room[device] -= budget
-            places.append(Place(wish, number, device, budget))
-    return places
-
-
 def _runner(config: Config, place: Place) -> RunnerPlan:
     wish, entry = place.wish, place.wish.entry
+    planned = place.spec
     spec = RunnerSpec(
         model=entry.id,
         aliases=entry.aliases,
@@ -103,14 +93,14 @@ def _runner(config: Config, place: Place) -> RunnerPlan:
         socket=socket_path(config.runtime_dir, place.id),
         device=place.device,
         threads=wish.threads,
-        memory_bytes=place.awake_bytes,
-        context_length=wish.context or entry.context_length,
+        memory_bytes=planned.memory_bytes if planned else place.awake_bytes,
+        context_length=planned.context_length if planned else wish.context or entry.context_length,
         max_batch=wish.max_batch,
         max_wait_ms=wish.max_wait_ms,
         max_queue=wish.max_queue,
         drain_s=config.scheduler.drain_s,
         can_sleep=wish.standing.tier == "standby",
-        options=wish.options,
+        options=planned.options if planned else wish.options,
     )
     return RunnerPlan(
         id=place.id,

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.config import Config
+from engine.planner.hardware import HOST_SHARE
 from engine.planner.layout import Policy
 from engine.planner.memory import DRIVER_BYTES
 from engine.scheduler.devices import CPU, Device
 
 #: Host memory that is nobody's budget: the system, the gateways, the scheduler.
 HOST_RESERVE_BYTES = 1 << 30
-#: Share of the host's memory that the weights of sleeping models may take: they are pinned, so none of it
-#: can be reclaimed, and runners, gateways and the page cache need theirs.
-HOST_SHARE = 0.9
 
 
 def rooms(config: Config, devices: Sequence[Device]) -> dict[str, int]:

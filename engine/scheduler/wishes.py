@@ -83,6 +83,26 @@ class Wish:
         return merge_options(self.model.options, self.own.options)
 
     @property
+    def effective(self) -> ProfileModel:
+        """The profile's model as the configuration changes it."""
+        return self.model.model_copy(
+            update={
+                "tier": self.standing.tier,
+                "pinned": self.standing.pinned,
+                "priority": self.standing.priority,
+                "replicas": self.standing.min_replicas,
+                "max_replicas": self.standing.max_replicas,
+                "threads": self.threads,
+                "memory_bytes": self.budget,
+                "context_length": self.context,
+                "max_batch": self.max_batch,
+                "max_wait_ms": self.max_wait_ms,
+                "max_queue": self.max_queue,
+                "options": self.asked_options,
+            }
+        )
+
+    @property
     def options(self) -> dict[str, Any]:
         return merge_options(self.entry.options, self.asked_options)
 

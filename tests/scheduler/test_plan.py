@@ -35,7 +35,7 @@ def test_what_does_not_fit_names_the_model_the_room_and_the_way_out(tmp_path: Pa
 def test_replicas_are_placed_one_by_one_on_the_first_gpu_with_room(tmp_path: Path) -> None:
     known = catalog(entry("a", memory_bytes=6 * GIB), entry("b", memory_bytes=2 * GIB))
     wanted = profile("a", "b").model_copy(update={"needs": Needs(gpus=2)})
-    gpus = [Device("cpu:0", 64 * GIB), Device("cuda:0", 8 * GIB), Device("cuda:1", 8 * GIB)]
+    gpus = [Device("cpu:0", 64 * GIB), Device("cuda:0", 10 * GIB), Device("cuda:1", 10 * GIB)]
     plans = make_plan(config(tmp_path, models={"a": {"replicas": 2}}), wanted, known, gpus)
     assert [(plan.id, plan.device) for plan in plans] == [
         ("a-0", "cuda:0"),
