@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.gateway.endpoints import ENDPOINTS
 from engine.gateway.scrape import Page, merged
+from engine.routes import ExpertBalance
 from tests.gateway.dummy import DummyRunner, House, open_house, route
 
 CHAT = "/v1/chat/completions"
@@ -118,6 +119,17 @@ async def test_metrics_tell_of_gateway_models_and_runners(
         samples[("hearth_replica_metrics_up", ("hearth_model", "dummy"), ("hearth_replica", "dummy-1"))] == 0
     )
     assert "made-up-by-a-client" not in text
+
+
+async def test_metrics_tell_how_evenly_experts_are_loaded(house: House, runner: DummyRunner) -> None:
+    balance = ExpertBalance(over="ranks", overall=0.8, worst=0.5, worst_layer=3)
+    house.serve(route("moe", runner, expert_balance=balance), route("dense"))
+    _, text, _ = await house.get("/metrics")
+    lines = [line for line in text.splitlines() if line.startswith("hearth_model_expert_balancedness")]
+    assert lines == [
+        'hearth_model_expert_balancedness{layers="all",model="moe",over="ranks"} 0.8',
+        'hearth_model_expert_balancedness{layers="worst",model="moe",over="ranks"} 0.5',
+    ]
 
 
 def test_a_family_of_many_replicas_stands_once() -> None:

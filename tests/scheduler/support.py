@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import Config
+from engine.routes import ExpertBalance
 from engine.scheduler.commands import Commands
 from engine.scheduler.devices import Device
 from engine.scheduler.launcher import Order
@@ -195,6 +196,11 @@ class FakeProber:
         self.asleep: set[str] = set()
         self.busy: set[str] = set()
         self.stiff: set[str] = set()
+        #: What runners tell of their experts, by the same names.
+        self.balances: dict[str, ExpertBalance] = {}
+
+    async def expert_balance(self, socket: Path) -> ExpertBalance | None:
+        return self.balances.get(socket.stem)
 
     async def runner_health(self, socket: Path) -> None:
         if socket.stem in self.sick:
