@@ -7,7 +7,7 @@ decision to them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from engine.scheduler.messages import (
 )
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.reconcile import next_wakeup, reconcile
-from engine.scheduler.statefile import UnitRecord
+from engine.scheduler.statefile import UnitRecord, record
 from engine.scheduler.transitions import apply, begin, commit
 from engine.scheduler.units import ModelUsage, Policy, ProcessRef, ReplicaUsage, World
 
@@ -73,12 +73,13 @@ class Stage:
         host_room: int | None = None,
     ) -> None:
         self.world = World(policy=policy, room=room, host_room=host_room)
+        self.gateways = gateways
         self.plans = {plan.id: plan for plan in runners}
         self.now = 1000.0
         self.pids = 100
         self.numbers = 0
         self.living: dict[ProcessRef, str] = {}
-        self.sleeping: set[ProcessRef] = {record.process for record in left if record.state == "asleep"}
+        self.sleeping: set[ProcessRef] = {one.process for one in left if one.state == "asleep"}
         self.untold: list[ProcessRef] = []
         self.asked: list[tuple[Action, ProcessRef]] = []
         self.done: list[Action] = []
@@ -86,15 +87,44 @@ class Stage:
         self.workers: dict[int, Worker] = {}
         #: When each unit was last awake for somebody.
         self.served_since: dict[str, float] = {}
-        preparations = {plan.preparation: preparation_plan(plan) for plan in runners}
-        wanted = [gateway_plan(i, alone=gateways == 1) for i in range(gateways)]
-        begin(self.world, [*wanted, *preparations.values(), *runners], left, self.now)
-        for record in left:
-            self.living[record.process] = record.id
+        for one in left:
+            self.living[one.process] = one.id
+        self._begin(left)
+
+    def _begin(self, left: Sequence[UnitRecord]) -> None:
+        preparations = {plan.preparation: preparation_plan(plan) for plan in self.plans.values()}
+        wanted = [gateway_plan(i, alone=self.gateways == 1) for i in range(self.gateways)]
+        begin(self.world, [*wanted, *preparations.values(), *self.plans.values()], left, self.now)
         for name in preparations:
             self.world.units[name].become("ready", self.now)
             self.world.units[name].result = Path("/weights")
         self.step()
+
+    def replace_scheduler(self, has_happened: Callable[[], bool]) -> None:
+        """The scheduler is killed and another comes; what it had asked of runners has happened or not."""
+        for action, ref in self.asked:
+            if isinstance(action, Sleep) and has_happened() and not self._used(action.unit):
+                self.sleeping.add(ref)
+            elif isinstance(action, Wake) and has_happened():
+                self.sleeping.discard(ref)
+        self.asked.clear()
+        for ref in self.untold:
+            self.forget(ref)
+        self.untold.clear()
+        old = self.world
+        state = record(old, scheduler_pid=1, host="h", port=1)
+        self.world = World(policy=old.policy, room=old.room, host_room=old.host_room)
+        self.world.published = old.published
+        self.served_since = dict.fromkeys(self.plans, self.now)
+        self._begin([one for one in state.units if one.process in self.living])
+        for worker in self.workers.values():
+            for model, (_, sharing) in list(worker.waiting.items()):
+                self.numbers += 1
+                worker.waiting[model] = self.numbers, sharing
+                self.happen(WakeAsked(model, self.numbers))
+
+    def _used(self, name: str) -> bool:
+        return any(worker.in_hand[name] for worker in self.workers.values())
 
     # Carrying out what is decided, and holding it to the promises.
 
@@ -224,7 +254,7 @@ class Stage:
                 self.happen(Gone(name, ref))
 
     def _sleep(self, name: str, ref: ProcessRef, well: bool) -> None:
-        if any(worker.in_hand[name] for worker in self.workers.values()):
+        if self._used(name):
             self.happen(SleepFailed(name, ref, "a request in hand", busy=True))
         elif well:
             self.sleeping.add(ref)
@@ -280,6 +310,7 @@ class Stage:
         ref = next(ref for ref, unit in self.living.items() if unit == name)
         if ref not in self.untold:
             self.untold.append(ref)
+            self._break_off(ref)
 
     def tell_exit(self, ref: ProcessRef) -> list[Action]:
         self.untold.remove(ref)
@@ -287,8 +318,13 @@ class Stage:
         return self.happen(Exited(name, ref, -9, "its process was killed by signal 9 (SIGKILL)"))
 
     def forget(self, ref: ProcessRef) -> None:
-        name = self.living.pop(ref, "")
+        self._break_off(ref)
+        self.living.pop(ref, None)
         self.sleeping.discard(ref)
+
+    def _break_off(self, ref: ProcessRef) -> None:
+        """The connections of a process that is no more."""
+        name = self.living.get(ref, "")
         for worker in self.workers.values():
             worker.in_hand.pop(name, None)
         gone = self.workers.pop(ref.pid, None)
