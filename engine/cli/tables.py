@@ -87,7 +87,9 @@ def full(status: Status) -> Group:
 def memory(device: DeviceStatus) -> Text:
     """How much of a device's memory is spoken for."""
     share = 100 * device.held_bytes / device.room_bytes if device.room_bytes else 0
-    return Text(f"{device.device}: {size(device.held_bytes)} of {size(device.room_bytes)} held ({share:.0f} %)")
+    return Text(
+        f"{device.device}: {size(device.held_bytes)} of {size(device.room_bytes)} held, {share:.0f} %"
+    )
 
 
 def checks(found: Sequence[Check]) -> Table:
