@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RESERVE_BYTES = 3 * 2**30
 #: Never fewer bytes of KV cache than this, or no request of any use fits.
 LEAST_KV_BYTES = 64 * 2**20
+#: Steps of the engine between two looks at the balance of experts: some seconds, and each costs one sync.
+_BALANCE_STEPS = 200
 _OPTIONS = ("args", "chat_template", "kv_cache_bytes", "reserve_bytes")
 _OURS = {
     "model": "the catalog's sources",
@@ -59,6 +61,8 @@ def server_arguments(spec: RunnerSpec, weights_bytes: int, known: Iterable[str] 
             raise OptionsError(f"{spec.model}: options.args.{key} is set by {_OURS[key]}; leave it out.")
     defaults = _defaults(spec, weights_bytes)
     options = {**defaults, **table}
+    if options.get("enable-eplb") is True:
+        options["eplb-config"] = _eplb_config(spec.model, options.get("eplb-config", {}))
     if known is not None:
         _check(spec.model, options, set(known))
     return [
@@ -126,6 +130,15 @@ def _defaults(spec: RunnerSpec, weights_bytes: int) -> dict[str, Any]:
             raise OptionsError(f"{spec.model}: options.chat_template names {path}, which is no file.")
         options["chat-template"] = str(path)
     return options
+
+
+def _eplb_config(model: str, given: Any) -> dict[str, Any]:
+    """vLLM's balancer of experts logs how even they are, for `/metrics` (``expert_log``)."""
+    if not isinstance(given, Mapping):
+        raise OptionsError(
+            f"{model}: options.args.eplb-config is a {type(given).__name__}; it must be a table."
+        )
+    return {"log_balancedness": True, "log_balancedness_interval": _BALANCE_STEPS, **given}
 
 
 def _flag(model: str, key: str, value: Any) -> list[str]:

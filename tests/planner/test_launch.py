@@ -81,7 +81,8 @@ def test_several_models_on_one_gpu_have_fixed_budgets_each() -> None:
 def test_eplb_and_fp8_are_options_of_the_line() -> None:
     (line,) = lines(plan("1x8xH200", Want("deepseek-r1", eplb=True, kv_dtype="fp8")))
     assert value(line, "enable-eplb") == "" and value(line, "kv-cache-dtype") == "fp8"
-    assert json.loads(value(line, "eplb-config") or "") == {"num_redundant_experts": 8}
+    config = json.loads(value(line, "eplb-config") or "")
+    assert config["num_redundant_experts"] == 8 and config["log_balancedness"] is True
     assert value(line, "enable-ep-weight-filter") is None  # vLLM skips it beside EPLB
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,25 @@ def test_the_kv_cache_is_what_the_budget_leaves() -> None:
     reason = r"m: 20.0 GiB on 1 device\(s\) leave no room .* 18.0 GiB of weights and a reserve of 3.0 GiB"
     with pytest.raises(OptionsError, match=reason):
         kv_cache_bytes(spec, 18 * GIB)
+
+
+def test_a_balancer_of_experts_is_asked_to_log_unless_told_otherwise() -> None:
+    def config_of(**args: Any) -> list[str]:
+        got = arguments(make_spec(options={"kv_cache_bytes": 1, "args": args}))
+        return [flag.partition("=")[2] for flag in got if flag.startswith("--eplb-config=")]
+
+    assert config_of() == []
+    assert config_of(**{"enable-eplb": False}) == []
+    (text,) = config_of(**{"enable-eplb": True, "eplb-config": {"num_redundant_experts": 32}})
+    assert json.loads(text) == {
+        "log_balancedness": True,
+        "log_balancedness_interval": 200,
+        "num_redundant_experts": 32,
+    }
+    (text,) = config_of(**{"enable-eplb": True, "eplb-config": {"log_balancedness": False}})
+    assert json.loads(text)["log_balancedness"] is False
+    with pytest.raises(OptionsError, match="eplb-config is a str"):
+        config_of(**{"enable-eplb": True, "eplb-config": "{}"})
 
 
 def test_every_vllm_model_of_the_catalog_has_options_that_make_a_command_line() -> None:

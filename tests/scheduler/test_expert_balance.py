@@ -24,7 +24,6 @@ from tests.runners.test_expert_load import write
 from .support import entry
 from .test_supervisor import Stage, playing
 
-
 UNEVEN = ExpertBalance(over="ranks", overall=0.75, worst=0.5, worst_layer=1)
 
 
