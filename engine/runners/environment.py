@@ -59,6 +59,8 @@ def runner_environment(spec: RunnerSpec, base: Mapping[str, str]) -> dict[str, s
         # Tokenisers start a thread a core otherwise, and warn about forks.
         "TOKENIZERS_PARALLELISM": "false",
         "CUDA_VISIBLE_DEVICES": visible_devices(spec.device),
+        # As the driver numbers them, by which the plan goes; CUDA itself would put the fastest first.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         # joblib would make a semaphore in shared memory at its import, only to see whether it can.
         "JOBLIB_MULTIPROCESSING": "0",
         scratch.SHM_VARIABLE: scratch.shm_prefix(spec.socket),

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine import __version__
 from engine.config import ROOT, Config
-from engine.runners.environment import runner_environment
+from engine.runners.environment import runner_environment, visible_devices
 from engine.runners.spec import RUNNER_MODULES
 from engine.scheduler.launcher import LaunchError, Order
 from engine.scheduler.plan import RunnerPlan, fingerprint
@@ -71,6 +71,7 @@ class Commands:
             environment=runner_environment(spec, os.environ),
             folder=ROOT,
             log=self._log(plan.id),
+            gpus=visible_devices(spec.device),
         )
 
     def runner_argv(self, plan: RunnerPlan, spec_file: Path) -> list[str]:

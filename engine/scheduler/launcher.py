@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from engine.scheduler import groups
+from engine.scheduler.gpu_memory import GpuMemory
 from engine.scheduler.units import ProcessRef
 
 #: A log that has grown to this many bytes is set aside (as ``<name>.log.1``).
@@ -42,6 +43,8 @@ class Order:
     #: Where standard output goes; None = into the log.
     output: Path | None = None
     pass_fds: tuple[int, ...] = field(default=())
+    #: GPUs that it stands on, as in ``CUDA_VISIBLE_DEVICES``; '' = none.
+    gpus: str = ""
 
 
 class Launcher(Protocol):
@@ -65,9 +68,13 @@ class Launcher(Protocol):
 class LocalLauncher:
     """Processes of this machine, each the leader of a session and process group of its own."""
 
-    def __init__(self, scope: str) -> None:
-        """``scope`` begins every token, so that all that this state folder started can be found."""
+    def __init__(self, scope: str, gpus: GpuMemory | None = None) -> None:
+        """``scope`` begins every token, so that all that this state folder started can be found.
+
+        ``gpus``: who waits for GPU memory to come back; None = by the driver's own figures.
+        """
         self._scope = scope
+        self._gpus = gpus or GpuMemory()
         self._children: dict[ProcessRef, subprocess.Popen[bytes]] = {}
         self._logs: dict[str, tuple[Path, int]] = {}
 
@@ -100,6 +107,7 @@ class LocalLauncher:
         if ref is None:  # cannot be while we have not waited for it
             raise LaunchError(f"{order.unit} could not be started: its process {child.pid} is not to be seen")
         self._children[ref] = child
+        self._gpus.stands_on(ref, order.gpus)
         return ref
 
     def _open_log(self, order: Order) -> BinaryIO:
@@ -124,8 +132,12 @@ class LocalLauncher:
         groups.signal_leader(ref, signal.SIGTERM)
 
     async def sweep(self, ref: ProcessRef, *, at_once: bool) -> None:
-        """Ends everything that the leader started, and the leader; returns when nothing of it lives."""
+        """Ends everything that the leader started, and the leader.
+
+        Returns when nothing of it lives and the memory of its GPUs is back.
+        """
         left = await asyncio.to_thread(groups.members, ref)
+        await asyncio.to_thread(self._gpus.observe, ref, left)
         if left and not at_once:
             groups.signal_each(left, signal.SIGTERM)
             patience = time.monotonic() + _PATIENCE_S
@@ -141,6 +153,7 @@ class LocalLauncher:
         child = self._children.pop(ref, None)
         if child is not None:
             child.wait()
+        await self._gpus.returned(ref)
 
     def log_tail(self, unit: str) -> tuple[str, ...]:
         """The last lines that this start of the unit has logged."""
@@ -171,7 +184,9 @@ class LocalLauncher:
 
     def memory(self, ref: ProcessRef) -> int:
         """Bytes (PSS) of the leader's session."""
-        return groups.memory_of(groups.session_members(ref))
+        members = groups.session_members(ref)
+        self._gpus.observe(ref, members)
+        return groups.memory_of(members)
 
 
 async def _ended(ref: ProcessRef) -> None:
