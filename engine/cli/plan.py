@@ -10,18 +10,23 @@ import typer
 from rich.console import Console
 
 from engine.config import ConfigError, load
-from engine.planner.catalog import needs_of_all, nodes_of, wants_of
+from engine.planner.catalog import needs_of_all, nodes_of
 from engine.planner.chart import chart
 from engine.planner.document import document
 from engine.planner.hardware import Node, NodesError, parse_nodes
 from engine.planner.layout import Policy, Want
 from engine.planner.plan import make_plan
+from engine.scheduler.gpus import asked
+from engine.scheduler.wishes import PlanError, wishes_of
 from models.catalog import Catalog, CatalogError, load_catalog, load_profile
 
 
 def plan(
     nodes: Annotated[
-        str, typer.Option(help="The GPUs: NODESxGPUSxKIND, joined by commas, e.g. 1x8xH200 or 2x8xH100.")
+        str,
+        typer.Option(
+            help="The GPUs: NODESxGPUSxKIND, joined by commas, e.g. 1x8xH200; :GiB behind it, host memory."
+        ),
     ] = "",
     models: Annotated[str, typer.Option(help="The models, joined by commas; name:2 for two replicas.")] = "",
     profile: Annotated[str, typer.Option(help="A profile of models/profiles/, with its nodes.")] = "",
@@ -48,40 +53,45 @@ def plan(
 ) -> None:
     """Show where models would stand, with memory and launch lines. Exit status 1 if one has no place."""
     try:
-        catalog = load_catalog()
-        wants, places = _wanted(catalog, models, profile, nodes, rdma)
-        runtime_dir = load().runtime_dir
-    except (CatalogError, NodesError, ConfigError) as error:
+        catalog, config = load_catalog(), load()
+        needs = needs_of_all(catalog.entries.values())
+        wants, places = _wanted(catalog, models, nodes, rdma)
+        if profile:
+            chosen = load_profile(profile)
+            # As `hearth serve` would start it: with what the configuration changes in [models].
+            changed, listed = asked(wishes_of(config, chosen, catalog))
+            needs |= changed
+            wants = [*listed, *wants]
+            places = places or nodes_of(chosen)
+    except (CatalogError, NodesError, ConfigError, PlanError) as error:
         _fail(str(error))
+    _check(wants, places)
     wants = [_changed(want, context, concurrency, kv_dtype, eplb) for want in wants]
     policy = Policy(utilisation=utilisation, objective=objective)
-    found = make_plan(needs_of_all(catalog.entries.values()), wants, places, policy)
+    found = make_plan(needs, wants, places, policy)
     if as_json:
-        print(json.dumps(document(found, utilisation, runtime_dir), indent=2))
+        print(json.dumps(document(found, utilisation, config.runtime_dir), indent=2))
     else:
-        Console(highlight=False).print(chart(found, utilisation, runtime_dir), soft_wrap=True)
+        Console(highlight=False).print(chart(found, utilisation, config.runtime_dir), soft_wrap=True)
     raise typer.Exit(1 if found.refusals else 0)
 
 
-def _wanted(
-    catalog: Catalog, models: str, profile: str, nodes: str, rdma: bool | None
-) -> tuple[list[Want], list[Node]]:
+def _wanted(catalog: Catalog, models: str, nodes: str, rdma: bool | None) -> tuple[list[Want], list[Node]]:
     wants: list[Want] = []
     places = parse_nodes(nodes, rdma=rdma) if nodes else []
-    if profile:
-        chosen = load_profile(profile)
-        wants += wants_of(chosen)
-        places = places or nodes_of(chosen)
     for part in (part.strip() for part in models.split(",") if part.strip()):
         name, _, count = part.partition(":")
         if count and not (count.isdigit() and int(count) > 0):
             _fail(f"'{part}': after the colon stands the number of replicas, at least 1.")
         wants.append(Want(catalog.find(name).id, replicas=int(count or 1)))
+    return wants, places
+
+
+def _check(wants: list[Want], places: list[Node]) -> None:
     if not wants:
         _fail("Nothing to plan: name models (--models deepseek-r1,whisper-large-v3) or a --profile.")
     if not places:
         _fail("Nowhere to plan: name the GPUs (--nodes 1x8xH200), or a --profile that names its own.")
-    return wants, places
 
 
 def _changed(

@@ -1,9 +1,9 @@
 """After a group on GPUs has ended: waiting until the driver has its memory back.
 
 A process that is gone for the kernel may still be taken down by the driver, and the next start on the GPU
-would find too little free. What a group uses of each GPU is looked at while it lives; after its end its memory
-is back once none of its processes is listed on the GPU, or so much less is used there. Where process ids
-cannot be matched (in a container the driver tells the host's), what is used must have stopped falling.
+would find too little free. What a group uses of each GPU is looked at while it lives; after its end its
+memory is back once none of its processes is listed on the GPU, or so much less is used there. Where process
+ids cannot be matched (in a container the driver tells the host's), what is used must have stopped falling.
 """
 
 from __future__ import annotations
