@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from engine import __version__
-from engine.cli import control, doctor, keys, models, plan, tables
+from engine.cli import control, doctor, keys, models, moe, plan, tables
 from engine.config import Config, ConfigError, load
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.command()(plan.plan)
 app.add_typer(models.app, name="models")
+app.add_typer(moe.app, name="moe")
 
 ConfigFile = Annotated[
     Path | None,

@@ -45,7 +45,7 @@ class ExpertPlacement:
     #: [layers, slots]: the expert in each slot; GPU ``g`` has slots ``g * slots / gpus`` and following.
     physical_to_logical: Ints
     gpus: int
-    policy: Literal["linear", "hierarchical", "global"]
+    policy: Literal["given", "linear", "hierarchical", "global"]
 
     @cached_property
     def copies(self) -> Ints:
@@ -98,6 +98,38 @@ def linear(
     layers, experts = table.shape
     order = np.arange(experts + redundant, dtype=np.int64) % experts
     return ExpertPlacement(table, np.tile(order, (layers, 1)), gpus, "linear")
+
+
+def standing(loads: Any, placement: Any, *, gpus: int) -> ExpertPlacement:
+    """A placement that is there already, under these loads.
+
+    Args:
+        loads: [layers, experts].
+        placement: [layers, slots], the expert in each slot, as ``physical_to_logical``.
+        gpus: that the slots are shared out to, in their order.
+
+    Raises:
+        LoadsError: the two do not fit together, or an expert has no slot.
+    """
+    try:
+        slots = np.asarray(placement)
+    except ValueError:
+        slots = np.zeros(0)
+    if slots.ndim != 2 or slots.dtype.kind not in "iu" or 0 in slots.shape:
+        raise LoadsError("the placement is no table of experts' numbers: [layers, slots]")
+    experts = _table(loads).shape[1]
+    if slots.shape[1] < experts:
+        raise LoadsError(f"the placement has {slots.shape[1]} slots for {experts} experts")
+    table = _checked(loads, gpus=gpus, nodes=1, groups=1, redundant=slots.shape[1] - experts)
+    if len(slots) != len(table):
+        raise LoadsError(f"the placement has {len(slots)} layers and the loads have {len(table)}")
+    found = ExpertPlacement(table, slots.astype(np.int64), gpus, "given")
+    if slots.min() < 0 or slots.max() >= experts:
+        raise LoadsError(f"the placement names experts beyond 0 to {experts - 1}")
+    if (found.copies == 0).any():
+        layer, expert = (int(i) for i in np.argwhere(found.copies == 0)[0])
+        raise LoadsError(f"the placement has no slot for expert {expert} of layer {layer}")
+    return found
 
 
 def rebalance(
@@ -214,7 +246,7 @@ def _in_order(experts: int, *, gpus: int, redundant: int, one_node: bool) -> lis
     return found
 
 
-def _checked(loads: Any, *, gpus: int, nodes: int, groups: int, redundant: int) -> Floats:
+def _table(loads: Any) -> Floats:
     try:
         table = np.asarray(loads, dtype=np.float64)
     except (TypeError, ValueError):
@@ -228,6 +260,11 @@ def _checked(loads: Any, *, gpus: int, nodes: int, groups: int, redundant: int) 
         raise LoadsError(
             f"the load of layer {layer}, expert {expert} is {table[layer, expert]}; 0 is the least"
         )
+    return table
+
+
+def _checked(loads: Any, *, gpus: int, nodes: int, groups: int, redundant: int) -> Floats:
+    table = _table(loads)
     experts = table.shape[1]
     for name, value in (("GPUs", gpus), ("nodes", nodes), ("expert groups", groups)):
         if value < 1:
