@@ -1,8 +1,8 @@
 """`python -m benchmarks.eplb`: how even EPLB makes the load of GPUs, against linear placement, and how fast.
 
 Synthetic loads: *zipf* (expert popularity falls as 1/rank^0.8, another order in each layer), *hot* (a few
-experts of each layer have sixteen times the others' load) and *shifting* (the placement is made from the first
-kind and judged when a tenth of the experts have changed places). Placements: linear without copies (what vLLM
+experts of each layer have sixteen times the others' load) and *shifting* (the placement is made from a zipf
+load and judged when a tenth of the experts have changed places). Placements: linear without copies (what vLLM
 does without EPLB), permuted (balanced without copies), and balanced with redundant experts, global and, for
 models with expert groups on several nodes, hierarchical. Balance is a layer's mean load over its largest.
 Exit status 1 when a plan takes longer than its budget or a layer is worse than linear.
