@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from engine.scheduler.plan import RunnerPlan, gib, spec_fingerprint
 
@@ -26,6 +26,13 @@ class Change(BaseModel):
         default=False,
         description="True: memory does not allow both at once, so the old one ends before the new starts.",
     )
+
+
+class ReloadCall(BaseModel):
+    """The body of a reload."""
+
+    model_config = ConfigDict(extra="forbid")
+    dry_run: bool = Field(default=False, description="True: only say what would change.")
 
 
 class Reloaded(BaseModel):
@@ -62,7 +69,7 @@ def differences(old: RunnerPlan, new: RunnerPlan) -> list[str]:
         found.append(f"tier: {old.standing.tier} → {new.standing.tier}")
     if old.spec.memory_bytes != new.spec.memory_bytes:
         found.append(f"memory: {gib(old.spec.memory_bytes)} → {gib(new.spec.memory_bytes)}")
-    found += _nested("options", old.spec.options, new.spec.options)
+    found += nested_differences("options", old.spec.options, new.spec.options)
     if _weights(old) != _weights(new):
         found.append("weights from elsewhere")
     if len(old.device.split(",")) != len(new.device.split(",")):
@@ -81,10 +88,11 @@ def _weights(plan: RunnerPlan) -> str:
     return spec_fingerprint(plan.spec, plan.entry, type(plan.spec).model_fields)
 
 
-def _nested(name: str, old: Any, new: Any) -> Iterator[str]:
+def nested_differences(name: str, old: Any, new: Any) -> Iterator[str]:
+    """Each setting under ``name`` that differs, as 'name.key: old → new'."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in dict.fromkeys((*old, *new)):
-            yield from _nested(f"{name}.{key}", old.get(key), new.get(key))
+            yield from nested_differences(f"{name}.{key}", old.get(key), new.get(key))
     elif old != new:
         yield f"{name}: {_show(old)} → {_show(new)}"
 

@@ -18,6 +18,9 @@ from engine.scheduler.plan import RunnerPlan, fingerprint
 from engine.scheduler.statefile import write_atomically
 from engine.scheduler.units import GatewayPlan, PreparationPlan, Progress
 
+#: Sections of the configuration that a gateway is not told, so that a change of them does not restart it.
+GATEWAY_NEEDS_NOT = {"api_key", "models", "profile", "scheduler", "scaling", "tiers", "weights"}
+
 
 class Commands:
     """Orders for the launcher. Writes the files that a process is told to read."""
@@ -26,10 +29,15 @@ class Commands:
         self._config = config
         self._files = config.state_dir.expanduser().resolve() / "specs"
 
-    def gateway_plans(self) -> list[GatewayPlan]:
-        """One plan a worker."""
-        settings = self._gateway_settings()
-        count = self._config.gateway.workers
+    def use(self, config: Config) -> None:
+        """Starts what is started from now on with another configuration (of the same state folder)."""
+        self._config = config
+
+    def gateway_plans(self, config: Config | None = None) -> list[GatewayPlan]:
+        """One plan a worker; of another configuration than the one in use where it is given."""
+        config = config or self._config
+        settings = _gateway_settings(config)
+        count = config.gateway.workers
         return [
             GatewayPlan(
                 id=f"gateway-{index}",
@@ -84,7 +92,7 @@ class Commands:
         Raises:
             LaunchError: its settings cannot be written.
         """
-        self._write(plan.settings, self._gateway_settings(), plan.id)
+        self._write(plan.settings, _gateway_settings(self._config), plan.id)
         return Order(
             unit=plan.id,
             argv=self.gateway_argv(plan, listener),
@@ -160,19 +168,18 @@ class Commands:
     def _log(self, unit: str) -> Path:
         return self._config.log_dir / f"{unit}.log"
 
-    def _gateway_settings(self) -> dict[str, Any]:
-        config = self._config.model_dump(
-            mode="json", exclude={"api_key", "models", "profile", "scheduler", "scaling", "tiers", "weights"}
-        )
-        # Relative to our working folder; the gateway's is another.
-        config["state_dir"] = str(self._config.state_dir.expanduser().resolve())
-        return {"config": config, "listen": {"host": self._config.host, "port": self._config.port}}
-
     def _write(self, file: Path, content: Mapping[str, Any], unit: str) -> None:
         try:
             write_atomically(file, json.dumps(content, indent=1))
         except OSError as error:
             raise LaunchError(f"{unit} could not be started: {file} cannot be written: {error}") from error
+
+
+def _gateway_settings(config: Config) -> dict[str, Any]:
+    told = config.model_dump(mode="json", exclude=GATEWAY_NEEDS_NOT)
+    # Relative to our working folder; the gateway's is another.
+    told["state_dir"] = str(config.state_dir.expanduser().resolve())
+    return {"config": told, "listen": {"host": config.host, "port": config.port}}
 
 
 def _without_settings(base: Mapping[str, str]) -> dict[str, str]:

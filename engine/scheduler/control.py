@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from aiohttp import web
 from pydantic import ValidationError
 
 from engine.errors import ApiError
+from engine.scheduler.changes import ReloadCall, Reloaded
 from engine.scheduler.messages import UsageReported
 from engine.scheduler.publish import RouteBoard
+from engine.scheduler.reload import ReloadError
 from engine.scheduler.reports import UsageReport, Waiters, WakeCall, WakeRefusedError
 from engine.scheduler.status import Status
 
@@ -27,12 +29,15 @@ def control_app(
     stop: Callable[[bool], None],
     waiters: Waiters,
     report: Callable[[UsageReported], None],
+    reload: Callable[[bool], Awaitable[Reloaded]],
 ) -> web.Application:
     """The application.
 
     - ``GET /status``, ``GET /routes?after=VERSION&wait=SECONDS``, ``POST /stop {"drain": bool}``
     - ``POST /wake {"model": id, "worker": pid}``: held until the model is ready; it is asked for as long as
       the connection lives. 200 ``{"state": "ready"}``; 404 unknown, 409 never asleep, 503 stopping.
+    - ``POST /reload {"dry_run": bool}``: reads the configuration anew; 200 with what changes
+      (:class:`Reloaded`), 409 or 422 with the reason why nothing does.
     - ``POST /usage``: what a gateway worker has in hand (:class:`UsageReport`).
     """
 
@@ -58,6 +63,18 @@ def control_app(
         stop(bool(drain))
         return web.json_response({"stopping": True}, status=202)
 
+    async def post_reload(request: web.Request) -> web.Response:
+        body = await request.read()
+        try:
+            call = ReloadCall.model_validate_json(body or b"{}")
+        except ValidationError as error:
+            return _refused(400, f'the body is {{"dry_run": true or false}}: {error.errors()[0]["msg"]}')
+        try:
+            told = await reload(call.dry_run)
+        except ReloadError as refused:
+            return _refused(refused.status, str(refused))
+        return web.Response(text=told.model_dump_json(), content_type="application/json")
+
     async def post_wake(request: web.Request) -> web.Response:
         try:
             call = WakeCall.model_validate_json(await request.read())
@@ -81,6 +98,7 @@ def control_app(
     app.router.add_get("/status", get_status)
     app.router.add_get("/routes", get_routes)
     app.router.add_post("/stop", post_stop)
+    app.router.add_post("/reload", post_reload)
     app.router.add_post("/wake", post_wake)
     app.router.add_post("/usage", post_usage)
     return app

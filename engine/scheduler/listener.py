@@ -90,6 +90,12 @@ class Listeners:
             )
         return f"{self.host}:{self.port} cannot be listened on: {error.strerror}. Check `host` and `port`."
 
+    def release(self, index: int) -> None:
+        """Closes our copy of a worker's socket: nobody will accept on it any more."""
+        sock = self._sockets.pop(index, None)
+        if sock:
+            sock.close()
+
     def close(self) -> None:
         """Refuses what comes from now on, as far as no worker listens."""
         for sock in self._sockets.values():

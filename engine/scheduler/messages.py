@@ -281,8 +281,14 @@ class StopAsked:
     kill: bool = False
 
 
+@dataclass(frozen=True)
+class Renewed:
+    """Another plan was taken over: look anew."""
+
+
 Event = (
-    Launched
+    Renewed
+    | Launched
     | LaunchFailed
     | Exited
     | Gone

@@ -86,6 +86,8 @@ def outlook(world: World, unit: Unit, now: float) -> Outlook:
 
 
 def _waiting(world: World, unit: Unit, expected: float, now: float) -> Outlook:
+    if unit.waits:
+        return Outlook("planned", f"waiting for {', '.join(sorted(unit.waits))} to end", unit.since, None)
     weights = world.units.get(unit.needs) if unit.needs else None
     if weights is None or weights.state == "ready":
         return Outlook(

@@ -33,11 +33,12 @@ def make_routes(world: World, now: float, wall: float, created: int) -> list[Mod
 
 
 def _row(world: World, units: list[Unit], now: float, wall: float, created: int) -> ModelRoute:
-    plan = units[0].plan
-    assert isinstance(plan, RunnerPlan)
-    entry, spec = plan.entry, plan.spec
     seen = model_outlook(world, units, now)
     ready = [unit for unit in units if unit.state == "ready" and isinstance(unit.plan, RunnerPlan)]
+    # While one with changed settings loads, what is said of the model is true of the one that answers.
+    plan = (ready or units)[0].plan
+    assert isinstance(plan, RunnerPlan)
+    entry, spec = plan.entry, plan.spec
     return ModelRoute(
         id=entry.id,
         aliases=entry.aliases,

@@ -6,7 +6,7 @@ moved gets a new id, so that its socket is another one and both can live until t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.scheduler.changes import Change, differences, live_differences
@@ -189,16 +189,19 @@ class _Names:
         self._taken = set(taken)
 
     def next(self, model: str) -> str:
-        number = 0
-        while f"{model}-{number}" in self._taken:
-            number += 1
-        self._taken.add(f"{model}-{number}")
-        return f"{model}-{number}"
+        name = free_name(model, self._taken)
+        self._taken.add(name)
+        return name
 
 
-def free_name(model: str, taken: Iterable[str]) -> str:
+def free_name(model: str, taken: Collection[str]) -> str:
     """``<model>-<n>`` with the lowest n that is not taken."""
-    return _Names(taken).next(model)
+    return f"{model}-{free_number(model, taken)}"
+
+
+def free_number(prefix: str, taken: Collection[str]) -> int:
+    """The lowest n from 0 so that ``<prefix>-<n>`` is not taken."""
+    return next(n for n in range(len(taken) + 1) if f"{prefix}-{n}" not in taken)
 
 
 def _number(unit: str) -> int:

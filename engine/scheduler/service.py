@@ -6,13 +6,13 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 
-from engine.config import Config
+from engine.config import Config, ConfigError
 from engine.scheduler import statefile
+from engine.scheduler.changes import Reloaded
 from engine.scheduler.commands import Commands
 from engine.scheduler.control import control_app, serve_control
-from engine.scheduler.devices import find_devices
 from engine.scheduler.launcher import Launcher, LocalLauncher
 from engine.scheduler.leftovers import (
     SchedulerError,
@@ -26,17 +26,21 @@ from engine.scheduler.leftovers import (
 )
 from engine.scheduler.listener import ListenError, Listeners
 from engine.scheduler.messages import StopAsked
-from engine.scheduler.plan import Entries, PlanError, host_room, make_plan, rooms
+from engine.scheduler.plan import Entries, PlanError, RunnerPlan
 from engine.scheduler.probe import HttpProber, Prober
 from engine.scheduler.publish import RouteBoard, make_routes
+from engine.scheduler.reload import ReloadError, Renewal, Setup, adopted, make_setup, prepare
+from engine.scheduler.renewal import renew, survey
 from engine.scheduler.reports import Waiters
 from engine.scheduler.status import SchedulerStatus, Status, make_status
 from engine.scheduler.supervisor import Clock, RealClock, Supervisor
 from engine.scheduler.transitions import begin
-from engine.scheduler.units import Policy, UnitPlan, World
+from engine.scheduler.trend import Rules
+from engine.scheduler.units import GatewayPlan, Policy, UnitPlan, World
+from models.catalog import CatalogError
 from models.profile import Profile
 
-__all__ = ["Scheduler", "SchedulerError", "stop_leftovers"]
+__all__ = ["ReloadError", "Scheduler", "SchedulerError", "stop_leftovers"]
 
 log = logging.getLogger(__name__)
 
@@ -54,39 +58,57 @@ class Scheduler:
         prober: Prober | None = None,
         clock: Clock | None = None,
         commands: Commands | None = None,
+        read: Callable[[], tuple[Config, Profile, Entries]] | None = None,
     ) -> None:
-        """Plans; starts nothing yet. The keyword arguments are for tests.
+        """Plans; starts nothing yet. The keyword arguments but ``read`` are for tests.
+
+        Args:
+            config: the configuration.
+            profile: which models are served.
+            catalog: what they are.
+            read: reads all three anew, for a reload; None = there is no reload.
 
         Raises:
             SchedulerError: the profile's models cannot be placed on this machine.
         """
-        self._config = config
-        self._profile = profile
+        self._read = read
+        self._reloading = asyncio.Lock()
+        #: Told of each reload, whoever asked for it: what it did, or why it was refused.
+        self.on_reload: Callable[[Reloaded | ReloadError], None] = lambda _: None
         self._commands = commands or Commands(config)
         self._launcher = launcher or LocalLauncher(scope_of(config))
         self._prober = prober or HttpProber()
         self._clock = clock or RealClock()
-        devices = find_devices()
         try:
-            runners = make_plan(config, profile, catalog, devices)
+            self._setup = make_setup(config, profile, catalog)
         except PlanError as error:
             raise SchedulerError(str(error)) from error
-        # Gateways first: they answer "not ready yet, this long" while the runners start.
-        self._plans: list[UnitPlan] = [
-            *self._commands.gateway_plans(),
-            *self._commands.preparation_plans(runners),
-            *runners,
-        ]
-        self._world = World(
-            policy=_policy(config), room=rooms(config, devices), host_room=host_room(config, devices)
-        )
-        begin(self._world, self._plans, [], self._clock.now())
+        self._world = World()
+        self._take_numbers(self._setup)
+        begin(self._world, self._plans(self._commands.gateway_plans(), self._setup.runners), [], self._now())
         self._listeners = Listeners(config.host, config.port)
         self._me = SchedulerStatus(pid=os.getpid(), started=time.time())
         self._supervisor: Supervisor | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._early_stop: StopAsked | None = None
         self._changed: asyncio.Event = asyncio.Event()
+
+    def _now(self) -> float:
+        return self._clock.now()
+
+    @property
+    def _config(self) -> Config:
+        return self._setup.config
+
+    def _plans(self, gateways: Sequence[GatewayPlan], runners: list[RunnerPlan]) -> list[UnitPlan]:
+        # Gateways first: they answer "not ready yet, this long" while the runners start.
+        return [*gateways, *self._commands.preparation_plans(runners), *runners]
+
+    def _take_numbers(self, setup: Setup) -> None:
+        self._world.policy = _policy(setup.config)
+        self._world.scaling = Rules(**setup.config.scaling.model_dump())
+        self._world.room = setup.rooms
+        self._world.host_room = setup.host_room
 
     async def run(self) -> None:
         """Starts (or adopts) everything and keeps it warm; returns when stopped and nothing is left running.
@@ -150,6 +172,7 @@ class Scheduler:
             stop=lambda drain: self._ask(StopAsked(drain=drain)),
             waiters=waiters,
             report=self._supervisor.send,
+            reload=lambda dry_run: self.reload(dry_run=dry_run),
         )
         try:
             async with serve_control(app, config.control_socket):
@@ -168,7 +191,9 @@ class Scheduler:
             log.info("%s: process %d lives on", unit.id, unit.pid)
         self._world.durations.update(left.durations)
         self._world.wakes.update(left.wakes)
-        begin(self._world, self._plans, whole, self._clock.now())
+        gateways, runners = adopted(self._setup, self._commands.gateway_plans(), whole)
+        self._world.units.clear()
+        begin(self._world, self._plans(gateways, runners), whole, self._now())
         if any(unit.kind == "gateway" for unit in whole) and self._config.port in (0, left.port):
             self._listeners.port = left.port
             return
@@ -177,6 +202,59 @@ class Scheduler:
             self._listeners.open(0, shared=False)
         except ListenError as error:
             raise SchedulerError(str(error)) from error
+
+    async def reload(self, *, dry_run: bool = False) -> Reloaded:
+        """Reads the configuration anew and goes over to it, by the smallest number of moves.
+
+        Returns once it is decided what becomes of every replica; new ones are yet to become ready.
+
+        Args:
+            dry_run: only say what would change.
+
+        Raises:
+            ReloadError: it cannot be used, or not live; nothing was changed.
+        """
+        async with self._reloading:
+            try:
+                told = await self._reload(dry_run)
+            except ReloadError as error:
+                log.error("reload refused: %s", error)
+                if not dry_run:
+                    self.on_reload(error)
+                raise
+        if not dry_run:
+            log.info("reloaded: %s", told.summary())
+            self.on_reload(told)
+        return told
+
+    async def _reload(self, dry_run: bool) -> Reloaded:
+        read = self._read
+        if read is None or self._supervisor is None:
+            raise ReloadError(409, "this Hearth was started without a configuration that can be read again.")
+        try:
+            setup = await asyncio.to_thread(lambda: make_setup(*read()))
+            # From here on nothing else runs in between: what is seen is what is changed.
+            if self._world.stop:
+                raise ReloadError(409, "Hearth is stopping.")
+            plans = self._commands.gateway_plans(setup.config)
+            renewal = prepare(self._setup, setup, survey(self._world), plans)
+        except (ConfigError, CatalogError, PlanError) as error:
+            raise ReloadError(422, f"nothing was changed: {error}") from error
+        told = renewal.told(self._setup, dry_run=dry_run)
+        if not dry_run:
+            self._take_over(renewal)
+        return told
+
+    def _take_over(self, renewal: Renewal) -> None:
+        if renewal.setup.config.log_level != self._config.log_level:
+            logging.getLogger().setLevel(renewal.setup.config.log_level.upper())
+        self._setup = renewal.setup
+        self._commands.use(self._config)
+        self._take_numbers(self._setup)
+        preparations = self._commands.preparation_plans(renewal.runners.runners)
+        renew(self._world, renewal.gateways, preparations, renewal.runners, self._now())
+        if self._supervisor:
+            self._supervisor.renewed(warm_timeout_s=self._config.scheduler.warm_timeout_s)
 
     def request_stop(self, *, kill: bool = False) -> None:
         """Drains and stops; with ``kill`` at once. From any thread or signal handler, also again."""
@@ -198,7 +276,7 @@ class Scheduler:
             self._world,
             self._clock.now(),
             scheduler=self._me,
-            profile=self._profile.name,
+            profile=self._setup.profile.name,
             base_url=f"{self._listeners.url}/v1",
         )
 

@@ -25,6 +25,7 @@ from engine.scheduler.messages import (
     Measured,
     Missed,
     Progressed,
+    Renewed,
     Settle,
     Sleep,
     SleepFailed,
@@ -108,6 +109,11 @@ class Supervisor:
         self._news = True
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def renewed(self, *, warm_timeout_s: float) -> None:
+        """The world was given another plan, and the numbers have changed; in the loop's thread."""
+        self._warm_timeout_s = warm_timeout_s
+        self.send(Renewed())
+
     def send(self, event: Event) -> None:
         """Hands an event to the loop; to be called in the loop's thread."""
         self._queue.put_nowait(event)
@@ -168,12 +174,20 @@ class Supervisor:
                 self._spawn(self._move(unit, ref, action))
             case Terminate() if ref:
                 log.info("%s: %s; ending process %d", unit.id, action.reason, ref.pid)
+                if isinstance(unit.plan, GatewayPlan) and unit.leaving:
+                    self._release_listener(unit, unit.plan)
                 if unit.kind == "gateway" and self.world.stop:
                     # Our copies would go on taking connections that nobody accepts.
                     self._listeners.close()
                 self._launcher.terminate(ref)
             case Sweep() if ref:
                 self._spawn(self._sweep(unit.id, ref, at_once=action.at_once))
+
+    def _release_listener(self, unit: Unit, plan: GatewayPlan) -> None:
+        """Our copy of a socket goes with the last worker that accepts on it."""
+        others = (other.plan for other in self.world.of_kind("gateway") if other is not unit)
+        if not any(isinstance(other, GatewayPlan) and other.index == plan.index for other in others):
+            self._listeners.release(plan.index)
 
     def _launch(self, unit: Unit) -> None:
         now = self._clock.now()

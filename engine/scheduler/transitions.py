@@ -20,6 +20,7 @@ from engine.scheduler.messages import (
     Measured,
     Missed,
     Progressed,
+    Renewed,
     Restore,
     Settle,
     Sleep,
@@ -220,6 +221,8 @@ def apply(world: World, event: Event, now: float) -> None:
         case StopAsked():
             _stop(world, event, now)
             return
+        case Renewed():
+            return
         case WakeAsked():
             world.demands.setdefault(event.model, Demand()).waiters[event.waiter] = now
             return
@@ -397,7 +400,8 @@ def _gone(world: World, unit: Unit, now: float) -> None:
     elif then == "backoff":
         unit.become("backoff", now, unit.reason)
     else:
-        unit.become(then, now)
+        # What was to be no more may have been asked for again meanwhile.
+        unit.become("planned" if then == "stopped" else then, now)
         unit.failures = 0
         unit.retry_at = 0.0
 
