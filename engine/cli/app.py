@@ -64,8 +64,14 @@ def serve(
     """Warm every model of the profile and serve until Ctrl-C (twice: at once)."""
     from engine.cli.serve import serve as run
 
-    settings = configuration(config, host=host, port=port, profile=profile, state_dir=state_dir)
-    raise typer.Exit(run(settings, plain=plain))
+    def read() -> Config:
+        return load(config, host=host, port=port, profile=profile, state_dir=state_dir)
+
+    try:
+        settings = read()
+    except ConfigError as error:
+        fail(str(error))
+    raise typer.Exit(run(settings, plain=plain, read=read))
 
 
 @app.command()
@@ -87,6 +93,28 @@ def status(
         print(found.model_dump_json(indent=2))
     else:
         Console().print(tables.full(found))
+
+
+@app.command()
+def reload(
+    config: ConfigFile = None,
+    state_dir: StateDir = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would change.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The changes, or the reason, as JSON.")] = False,
+) -> None:
+    """Go over to a changed configuration without a pause (as SIGHUP does). Exit status 1 when refused."""
+    try:
+        settings = load(config, state_dir=state_dir)
+        told = asyncio.run(control.reload(settings, dry_run=dry_run))
+    except (ConfigError, control.NotRunningError, control.RefusedError) as error:
+        if as_json:
+            print(json.dumps({"refused": True, "reason": str(error)}))
+            raise typer.Exit(1) from None
+        fail(str(error))
+    if as_json:
+        print(told.model_dump_json(indent=2))
+    else:
+        Console().print(tables.changes(told))
 
 
 @app.command()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 
 import aiohttp
 
 from engine.config import Config
+from engine.scheduler.changes import Reloaded
 from engine.scheduler.service import stop_leftovers
 from engine.scheduler.status import Status
+
+#: Reading the catalog and planning take a second or two; on a machine that is busy some more.
+_LONGEST_RELOAD_S = 60.0
 
 
 class NotRunningError(Exception):
@@ -34,6 +39,32 @@ async def status(config: Config) -> Status:
         raise NotRunningError(
             f"Hearth does not run here (state folder {config.state_dir}). Start it with `make serve`."
         ) from error
+
+
+class RefusedError(Exception):
+    """The scheduler did not do it; the message says why."""
+
+
+async def reload(config: Config, *, dry_run: bool) -> Reloaded:
+    """Has the scheduler read its configuration anew; what that changes (dry run: would change).
+
+    Raises:
+        NotRunningError: none answers.
+        RefusedError: it cannot be used, or not live; nothing was changed.
+    """
+    try:
+        async with (
+            _session(config, _LONGEST_RELOAD_S) as session,
+            session.post("http://hearth/reload", json={"dry_run": dry_run}) as answer,
+        ):
+            body = await answer.read()
+            if answer.status == 200:
+                return Reloaded.model_validate_json(body)
+    except (OSError, aiohttp.ClientError, TimeoutError) as error:
+        raise NotRunningError(
+            f"Hearth does not run here (state folder {config.state_dir}). Start it with `make serve`."
+        ) from error
+    raise RefusedError(json.loads(body)["error"]["message"])
 
 
 async def stop(config: Config, *, drain: bool) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import sys
 import time
+from collections.abc import Callable
 from logging.handlers import RotatingFileHandler
 
 from rich.console import Console
@@ -17,28 +19,42 @@ from engine.cli.examples import curl_lines
 from engine.cli.profile import chosen_profile
 from engine.config import Config
 from engine.metering import keys
-from engine.scheduler.service import Scheduler, SchedulerError
+from engine.scheduler.changes import Reloaded
+from engine.scheduler.plan import Entries
+from engine.scheduler.service import ReloadError, Scheduler, SchedulerError
 from engine.scheduler.status import Status
 from models.catalog import CatalogError, load_catalog
+from models.profile import Profile
 
 _LOOK_S = 0.25
 
 
-def serve(config: Config, *, plain: bool = False) -> int:
-    """Serves until stopped; the exit status (0 after a clean stop)."""
+def serve(config: Config, *, plain: bool = False, read: Callable[[], Config] | None = None) -> int:
+    """Serves until stopped; the exit status (0 after a clean stop).
+
+    Args:
+        config: the configuration.
+        plain: plain lines even on a terminal.
+        read: reads the configuration anew, for a reload.
+    """
     console = Console()
     _log_to_file(config)
     try:
         profile = chosen_profile(config)
         shown_key = first_key(config)
-        scheduler = Scheduler(config, profile, load_catalog())
+        scheduler = Scheduler(config, profile, load_catalog(), read=read and (lambda: _read_anew(read)))
         live = console.is_terminal and not plain
         screen = Screen(console, shown_key, live=live, given=config.api_key is not None)
-        asyncio.run(_run(scheduler, screen))
+        asyncio.run(run_on(scheduler, screen))
     except (CatalogError, SchedulerError, keys.KeysError, ValueError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     return 0
+
+
+def _read_anew(read: Callable[[], Config]) -> tuple[Config, Profile, Entries]:
+    config = read()
+    return config, chosen_profile(config), load_catalog()
 
 
 def _log_to_file(config: Config) -> None:
@@ -84,6 +100,8 @@ class Screen:
         self.table = Live(console=console, refresh_per_second=4, transient=False) if live else None
         self._told: dict[str, str] = {}
         self._was_ready = False
+        #: When the last reload began that is yet to be completed.
+        self._reloaded: float | None = None
 
     def show(self, status: Status) -> None:
         """Brings the screen up to date; called a few times a second, prints only what is new."""
@@ -98,6 +116,9 @@ class Screen:
             self.close()
             self._was_ready = True
             self._welcome(status)
+        if status.ready and self._reloaded is not None:
+            self.say(f"The new configuration is in place after {time.monotonic() - self._reloaded:.0f} s.")
+            self._reloaded = None
 
     def close(self) -> None:
         """Gives the terminal back."""
@@ -111,6 +132,18 @@ class Screen:
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def reloaded(self, told: Reloaded | ReloadError) -> None:
+        """Says what a reload did, or why it was refused."""
+        if self.table is not None and self.table.is_started:
+            self.table.stop()
+        if isinstance(told, ReloadError):
+            self.say(f"\nReload refused: {told}")
+            return
+        self.console.print()
+        self.console.print(tables.changes(told))
+        if not told.quiet and self._was_ready:
+            self._reloaded = time.monotonic()
 
     def _lines(self, status: Status) -> None:
         for model in status.models:
@@ -140,7 +173,8 @@ class Screen:
         self.say("\nCtrl-C drains and stops; twice stops at once.")
 
 
-async def _run(scheduler: Scheduler, screen: Screen) -> None:
+async def run_on(scheduler: Scheduler, screen: Screen) -> None:
+    """Runs the scheduler until it has stopped: SIGINT and SIGTERM stop it, SIGHUP reloads."""
     loop = asyncio.get_running_loop()
     asked = 0
 
@@ -154,6 +188,20 @@ async def _run(scheduler: Scheduler, screen: Screen) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
+    reloads: set[asyncio.Task[None]] = set()
+
+    async def reload() -> None:
+        # Refused or not, the screen is told by the scheduler.
+        with contextlib.suppress(ReloadError):
+            await scheduler.reload()
+
+    def hang_up() -> None:
+        task = asyncio.create_task(reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
+    scheduler.on_reload = screen.reloaded
     running = asyncio.create_task(scheduler.run())
     try:
         while not running.done():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from engine.cli.doctor import Check
 from engine.routes import ExpertBalance
+from engine.scheduler.changes import Reloaded
 from engine.scheduler.status import DeviceStatus, ModelStatus, Status
 
 _STYLES = {
@@ -90,6 +91,37 @@ def memory(device: DeviceStatus) -> Text:
     return Text(
         f"{device.device}: {size(device.held_bytes)} of {size(device.room_bytes)} held, {share:.0f} %"
     )
+
+
+_KINDS: dict[str, str] = {
+    "kept": "dim",
+    "added": "green",
+    "removed": "red",
+    "changed": "yellow",
+    "moved": "cyan",
+    "restarted": "yellow",
+}
+
+
+def changes(told: Reloaded) -> Group:
+    """What a reload does: one row a replica or gateway worker, then what takes effect without a restart."""
+    verb = "A reload would change" if told.dry_run else "Reloaded"
+    parts: list[RenderableType] = [Text(f"{verb}: {told.summary()}" if not told.quiet else _calm(told))]
+    table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
+    for name in ("", "replica", "device"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for change in told.changes:
+        style = _KINDS[change.kind]
+        unit = f"{change.was} → {change.unit}" if change.was not in (None, change.unit) else change.unit
+        table.add_row(Text(change.kind, style=style), unit, change.device, change.reason)
+    parts.append(table)
+    parts += [Text(f"at once: {note}") for note in told.notes]
+    return Group(*parts)
+
+
+def _calm(told: Reloaded) -> str:
+    return f"{'A reload would restart' if told.dry_run else 'Reloaded, restarting'} nothing."
 
 
 def checks(found: Sequence[Check]) -> Table:
