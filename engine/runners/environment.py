@@ -31,7 +31,7 @@ _QUIET = {
     "WANDB_DISABLED": "true",
 }
 #: Secrets and settings of the parent that a runner has no use for.
-_DROPPED = ("HEARTH_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "_HEARTH_")
+_DROPPED = ("HEARTH_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "_HEARTH_", "VLLM_SERVER_DEV_MODE")
 
 
 def runner_environment(spec: RunnerSpec, base: Mapping[str, str]) -> dict[str, str]:
@@ -111,6 +111,9 @@ def _vllm(spec: RunnerSpec) -> dict[str, str]:
         # Read by our plugins for mixtures of experts; nothing is written for other models.
         expert_load.VARIABLE: str(expert_load.path_of(spec.socket)),
     }
+    if spec.can_sleep and spec.device.startswith("cuda"):
+        # Brings the routes for sleeping, and others that `vllm_gate` lets nobody through to.
+        env["VLLM_SERVER_DEV_MODE"] = "1"
     if spec.device.startswith("cpu"):
         # Unbound: several servers share the same cores, and binding would pin all of them to the first ones.
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -76,7 +76,7 @@ class Sleeper:
     def visit(self) -> Iterator[ApiError | None]:
         """Around a request: keeps the runner awake inside, or gives the error to answer it with."""
         if self.phase != "awake":
-            yield self._refusal()
+            yield self.refusal()
             return
         self._in_hand += 1
         try:
@@ -150,7 +150,8 @@ class Sleeper:
             409, f"{self.name} {why}, so it stays awake. Try again when it is idle.", code="model_busy"
         )
 
-    def _refusal(self) -> ApiError:
+    def refusal(self) -> ApiError:
+        """The answer to a request while it is not awake: 503, with when to try again."""
         if self.phase == "failed":
             return ApiError(
                 503,

@@ -29,6 +29,7 @@ _OURS = {
     "api-key": "the gateway, which checks the keys",
     "chat-template": "options.chat_template",
     "kv-cache-memory-bytes": "options.kv_cache_bytes",
+    "enable-sleep-mode": "the model's tier: standby models sleep",
     "shutdown-timeout": "scheduler.drain_s",
 }
 
@@ -119,6 +120,13 @@ def _defaults(spec: RunnerSpec, weights_bytes: int) -> dict[str, Any]:
         # With a fixed KV cache the share decides nothing, but vLLM still refuses to start where less than
         # this much is free, and other runners live on the same GPU.
         options["gpu-memory-utilization"] = 0.05
+    if spec.can_sleep:
+        if not spec.device.startswith("cuda"):
+            raise OptionsError(
+                f"{spec.model}: vLLM has no sleep mode on a CPU ({spec.device}). Make the model resident "
+                '(tier = "resident"), or give it a GPU.'
+            )
+        options["enable-sleep-mode"] = True
     if spec.context_length is not None:
         options["max-model-len"] = spec.context_length
     if device_count(spec.device) > 1:

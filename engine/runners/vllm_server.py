@@ -25,9 +25,11 @@ from fastapi import FastAPI
 from engine.runners import expert_load, scratch
 from engine.runners.environment import ensure_environment
 from engine.runners.expert_metrics import ExpertMetrics
+from engine.runners.sleeping import Sleeper
 from engine.runners.spec import RunnerSpec
 from engine.runners.vllm_arguments import OptionsError, server_arguments
-from engine.runners.vllm_errors import OpenAIErrors
+from engine.runners.vllm_errors import App, OpenAIErrors
+from engine.runners.vllm_gate import SleepGate
 
 _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt")
 
@@ -122,7 +124,8 @@ def _wrap_application(spec: RunnerSpec) -> None:
         app = build(*args, **kwargs)
         # Some of vLLM's own set-up builds the stack early.
         inner = OpenAIErrors(app.middleware_stack or app.build_middleware_stack())
-        app.middleware_stack = ExpertMetrics(inner, lambda: expert_load.metrics_text(path, ranks))
+        outer: App = ExpertMetrics(inner, lambda: expert_load.metrics_text(path, ranks))
+        app.middleware_stack = SleepGate(outer, Sleeper(spec.model)) if spec.can_sleep else outer
         return app
 
     entry.build_app = build_wrapped

@@ -44,6 +44,17 @@ def test_a_runner_on_cpu_sees_no_gpu_and_compiles_nothing_when_eager() -> None:
     assert "VLLM_LOGGING_LEVEL" not in runner_environment(make_spec(engine="diffusers"), {})
 
 
+def test_vllms_routes_for_developers_are_on_only_where_it_sleeps_on_a_gpu() -> None:
+    name, base = "VLLM_SERVER_DEV_MODE", {"VLLM_SERVER_DEV_MODE": "1"}
+    assert runner_environment(make_spec(device="cuda:0", can_sleep=True), {})[name] == "1"
+    for spec in (
+        make_spec(device="cuda:0"),
+        make_spec(can_sleep=True),
+        make_spec(engine="diffusers", device="cuda:0", can_sleep=True),
+    ):
+        assert name not in runner_environment(spec, base)
+
+
 def test_no_secret_of_the_parent_and_no_hub_reaches_a_runner() -> None:
     base = {"HEARTH_API_KEY": "secret", "HF_TOKEN": "secret", "_HEARTH_LEADER": "1:1", "HF_HUB_OFFLINE": "0"}
     env = runner_environment(make_spec(), base)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
+import stat
 import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,6 +25,8 @@ from engine.runners.batching import Batcher, Work
 from engine.runners.endpoints import EventStream, event
 from engine.runners.sleeping import Sleeper
 from engine.runners.spec import RunnerSpec
+from tests.runners.asgi import Call
+from tests.runners.conftest import StartRunner
 
 
 class Machine:
@@ -211,62 +213,6 @@ class Napper:
         ]
 
 
-class Call:
-    """One HTTP request to an ASGI app, of which the test sees every part of the answer as it comes."""
-
-    def __init__(self, app: Starlette, method: str, target: str) -> None:
-        path, _, query = target.partition("?")
-        scope = {
-            "type": "http",
-            "method": method,
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": query.encode(),
-            "headers": [],
-            "http_version": "1.1",
-            "scheme": "http",
-            "server": ("runner", 80),
-            "client": None,
-            "root_path": "",
-        }
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        self.parts: list[bytes] = []
-        self.gone = asyncio.Event()
-        self._changed = asyncio.Event()
-        self._given = False
-        self.task = asyncio.create_task(app(scope, self._receive, self._send))
-
-    async def _receive(self) -> dict[str, Any]:
-        if not self._given:
-            self._given = True
-            return {"type": "http.request", "body": b"", "more_body": False}
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: Any) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            self.headers = {key.decode(): value.decode() for key, value in message["headers"]}
-        elif message.get("body"):
-            self.parts.append(message["body"])
-        self._changed.set()
-
-    async def first_part(self) -> None:
-        while not self.parts:
-            self._changed.clear()
-            await self._changed.wait()
-
-    async def result(self) -> tuple[int, Any]:
-        await asyncio.wait_for(self.task, 10)
-        return self.status, json.loads(b"".join(self.parts))
-
-    async def code(self) -> tuple[int, str]:
-        status, body = await self.result()
-        assert set(body["error"]) == {"message", "type", "param", "code"}
-        return status, body["error"]["code"]
-
-
 async def until(true: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not true():  # noqa: ASYNC110  (a thread changes it, and tells nobody)
@@ -442,3 +388,11 @@ async def test_a_resident_runner_has_no_such_paths(tmp_path: Path) -> None:
         assert await served.call("/sleep").code() == (404, "unknown_path")
         assert await served.call("/wake_up").code() == (404, "unknown_path")
         assert await served.call("/is_sleeping", "GET").code() == (404, "unknown_path")
+
+
+async def test_a_runner_that_sleeps_is_as_private_as_any(start_runner: StartRunner) -> None:
+    started = start_runner("tests.runners.dummy", can_sleep=True)
+    await started.ready()
+    assert stat.S_IMODE(started.socket.stat().st_mode) == 0o600
+    async with started.session() as session, session.get("/is_sleeping") as answer:
+        assert (answer.status, await answer.json()) == (200, {"is_sleeping": False})

@@ -137,6 +137,18 @@ def test_a_balancer_of_experts_is_asked_to_log_unless_told_otherwise() -> None:
         config_of(**{"enable-eplb": True, "eplb-config": "{}"})
 
 
+def test_a_model_that_sleeps_has_vllms_sleep_mode_and_that_needs_a_gpu() -> None:
+    assert "--enable-sleep-mode" in arguments(make_spec(device="cuda:0", can_sleep=True))
+    assert "--enable-sleep-mode" not in arguments(make_spec(device="cuda:0"))
+    with pytest.raises(
+        OptionsError, match=r'm: vLLM has no sleep mode on a CPU \(cpu:0\).*tier = "resident"'
+    ):
+        arguments(make_spec(can_sleep=True))
+    table = {"kv_cache_bytes": 1, "args": {"enable_sleep_mode": True}}
+    with pytest.raises(OptionsError, match=r"enable-sleep-mode is set by the model's tier"):
+        arguments(make_spec(device="cuda:0", options=table))
+
+
 def test_every_vllm_model_of_the_catalog_has_options_that_make_a_command_line() -> None:
     for entry in load_catalog().entries.values():
         if entry.engine == "vllm":
