@@ -29,6 +29,9 @@ def plan(
         ),
     ] = "",
     models: Annotated[str, typer.Option(help="The models, joined by commas; name:2 for two replicas.")] = "",
+    standby: Annotated[
+        str, typer.Option(help="Which of the models sleep until a request comes, joined by commas.")
+    ] = "",
     profile: Annotated[str, typer.Option(help="A profile of models/profiles/, with its nodes.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
     context: Annotated[int | None, typer.Option(min=1, help="Context to plan for, tokens.")] = None,
@@ -54,6 +57,7 @@ def plan(
     """Show where models would stand, with memory and launch lines. Exit status 1 if one has no place."""
     try:
         catalog, config = load_catalog(), load()
+        sleepers = {catalog.find(name.strip()).id for name in standby.split(",") if name.strip()}
         needs = needs_of_all(catalog.entries.values())
         wants, places = _wanted(catalog, models, nodes, rdma)
         if profile:
@@ -65,7 +69,8 @@ def plan(
             places = places or nodes_of(chosen)
     except (CatalogError, NodesError, ConfigError, PlanError) as error:
         _fail(str(error))
-    _check(wants, places)
+    _check(wants, places, sleepers)
+    wants = [replace(want, tier="standby") if want.model in sleepers else want for want in wants]
     wants = [_changed(want, context, concurrency, kv_dtype, eplb) for want in wants]
     policy = Policy(utilisation=utilisation, objective=objective)
     found = make_plan(needs, wants, places, policy)
@@ -87,7 +92,10 @@ def _wanted(catalog: Catalog, models: str, nodes: str, rdma: bool | None) -> tup
     return wants, places
 
 
-def _check(wants: list[Want], places: list[Node]) -> None:
+def _check(wants: list[Want], places: list[Node], sleepers: set[str]) -> None:
+    absent = sorted(sleepers - {want.model for want in wants})
+    if absent:
+        _fail(f"--standby names {', '.join(absent)}, which is not among the models. Add it to --models.")
     if not wants:
         _fail("Nothing to plan: name models (--models deepseek-r1,whisper-large-v3) or a --profile.")
     if not places:

@@ -58,8 +58,10 @@ class Move:
 class Fleet:
     """Free bytes of every GPU and host, and which models stand where."""
 
-    def __init__(self, nodes: Sequence[Node], utilisation: float) -> None:
+    def __init__(self, nodes: Sequence[Node], utilisation: float, *, even: bool = False) -> None:
+        """``even``: replicas are spread evenly instead of where it is fullest."""
         self.nodes = tuple(nodes)
+        self.even = even
         self.room = [capacity(node.kind, utilisation) for node in nodes]
         #: What no replica takes; of standby replicas the largest is counted awake, the others asleep.
         self.free = [[self.room[i]] * node.gpus for i, node in enumerate(nodes)]
@@ -155,8 +157,9 @@ class Fleet:
         if not self._sleeps(option, node):
             return
         # A sleeper goes where the fewest others wait for their turn, everybody else where it is fullest.
+        emptiest = -1 if self.even else 1
         fitting = sorted(
-            (self.turns(option, node, gpu), bytes_, gpu)
+            (self.turns(option, node, gpu), emptiest * bytes_, gpu)
             for gpu, bytes_ in enumerate(self.free[node])
             if bytes_ >= self.need(option, node, gpu) and gpu not in without
         )

@@ -14,7 +14,7 @@ from engine.planner.layout import Layout, Policy, Want
 from engine.planner.memory import Footprint, context_of
 from engine.planner.needs import ModelNeeds
 from engine.planner.outcome import Placement, Plan, Refusal
-from engine.planner.pack import pack
+from engine.planner.pack import Placed, pack
 from engine.planner.wishes import Prepared, prepare
 
 
@@ -38,9 +38,7 @@ def make_plan(
     policy = policy or Policy()
     fleet = Fleet(nodes, policy.utilisation)
     prepared = prepare(needs, wants, fleet, policy)
-    residents = [item for item in prepared.items if not item.standby]
-    standby = [item for item in prepared.items if item.standby]
-    placed = pack(residents, fleet, policy.search_steps) | pack(standby, fleet, policy.search_steps)
+    fleet, placed = _packed(prepared, fleet, policy)
     spare = {} if len(placed) < len(prepared.items) else pack(prepared.spare, fleet, 0)
     grown = grow(prepared, placed, fleet, needs, policy)
     for item in prepared.spare:
@@ -60,6 +58,29 @@ def make_plan(
             refusals.append(replace(told[want], id=item.id))
     free = tuple(tuple(each) for each in fleet.free)
     return Plan(tuple(nodes), tuple(placements), tuple(refusals), free, tuple(fleet.host))
+
+
+def _packed(prepared: Prepared, fleet: Fleet, policy: Policy) -> tuple[Fleet, Placed]:
+    """Residents, then standby replicas. Where some of those have no place, once more with residents spread.
+
+    Residents on the fullest GPUs leave whole ones to others; but a standby model over all GPUs of a node
+    wants as much on each of them. What places more standby memory counts, unless a resident loses its place.
+    """
+    residents = [item for item in prepared.items if not item.standby]
+    standby = [item for item in prepared.items if item.standby]
+    found: list[tuple[Fleet, Placed, int]] = []
+    for room in (fleet, Fleet(fleet.nodes, policy.utilisation, even=True)):
+        first = pack(residents, room, policy.search_steps)
+        second = pack(standby, room, policy.search_steps)
+        found.append((room, first | second, sum(i.value for i in standby if i.id in second)))
+        if len(second) == len(standby) or (len(found) > 1 and len(first) < len(residents)):
+            break
+    best = max(found, key=lambda each: each[2]) if _all(residents, found[-1][1]) else found[0]
+    return best[0], best[1]
+
+
+def _all(items: Sequence[Item], placed: Placed) -> bool:
+    return all(item.id in placed for item in items)
 
 
 def grow(

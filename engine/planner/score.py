@@ -29,7 +29,7 @@ class Preferred:
 
 
 class Tight:
-    """Little is left beside it, so that large rooms stay for large models."""
+    """Little is left beside it, so that large rooms stay for large models; in an even fleet the opposite."""
 
     name: ClassVar[str] = "tight"
     weight: ClassVar[float] = 2.0
@@ -40,7 +40,7 @@ class Tight:
         for node, gpus in move.places:
             room += fleet.room[node] * len(gpus)
             left += sum(fleet.free[node][gpu] - fleet.need(option, node, gpu) for gpu in gpus)
-        return 1.0 - left / room
+        return left / room if fleet.even else 1.0 - left / room
 
 
 class WholeNodes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -63,3 +64,26 @@ def test_options_change_every_want() -> None:
 def test_what_cannot_be_read_is_explained(arguments: list[str], says: str) -> None:
     done = run(*arguments)
     assert done.exit_code == 1 and says in done.output
+
+
+def test_standby_models_are_named_and_shown() -> None:
+    models = "qwen3-32b,gpt-oss-120b,gemma-3-27b-it"
+    done = run("--nodes", "1x2xH100", "--models", models, "--standby", models, "--context", "8192")
+    assert done.exit_code == 0 and "asleep: " in done.output and "in turn: B C" in done.output
+    refused = run("--nodes", "1x2xH100", "--models", models, "--context", "8192")
+    assert refused.exit_code == 1 and 'standby (`tier = "standby"`): they take turns' in refused.output
+    wrong = run("--nodes", "1x1xH100", "--models", "qwen3-8b", "--standby", "bge-m3")
+    assert wrong.exit_code == 1 and "--standby names bge-m3, which is not among the models" in wrong.output
+
+
+def test_the_configuration_is_laid_over_a_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("hearth.toml").write_text(
+        '[models."sdxl-base-1.0"]\nenabled = false\n[models."qwen3-0.6b"]\ntier = "standby"\n'
+    )
+    placements = json.loads(run("--profile", "gpu-h200", "--json").output)["placements"]
+    tiers = {placement["model"]: placement["tier"] for placement in placements}
+    assert tiers["qwen3-0.6b"] == "standby" and "sdxl-base-1.0" not in tiers
+    Path("hearth.toml").write_text("[models.no-such-model]\n")
+    done = run("--profile", "gpu-h200")
+    assert done.exit_code == 1 and "'no-such-model' is not in the catalog" in done.output

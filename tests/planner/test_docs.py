@@ -11,7 +11,7 @@ from engine.config import ROOT
 from engine.planner.hardware import KINDS
 from engine.planner.layout import Layout, Policy, Want
 from engine.planner.memory import GIB, capacity, footprint
-from tests.planner.support import catalog, node
+from tests.planner.support import catalog, node, plan
 
 TEXT = (ROOT / "docs" / "planning.md").read_text()
 EXAMPLE = TEXT.partition("## Worked example")[2].partition("## How far")[0]
@@ -47,3 +47,15 @@ def test_every_kind_and_option_is_told() -> None:
         "--rdma",
     }
     assert own - {"--nodes", "--models", "--profile"} <= told
+
+
+def test_the_example_of_the_tiers() -> None:
+    names = ("qwen3-32b", "gpt-oss-120b", "gemma-3-27b-it")
+    found = plan("1x2xH100", *(Want(name, context=8192, tier="standby") for name in names))
+    for placement in found.placements:
+        assert placement.sleep is not None
+        sizes = placement.footprint.total, placement.sleep.kept, placement.sleep.host
+        cells = [placement.needs.id, *(f"{size / GIB:.1f}" for size in sizes)]
+        assert f"| {' | '.join(cells)} | gpu{placement.places[0][1][0]} |" in TEXT
+    room = capacity(node("1x2xH100").kind, 0.92)
+    assert f"{(room - found.free[0][1]) / GIB:.1f} of {gib(room)}" in TEXT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.planner.hardware import KINDS, NodesError, find_kind, parse_nodes
+from engine.planner.hardware import HOST_SHARE, KINDS, NodesError, find_kind, parse_nodes
 
 
 def test_nodes_are_read_in_their_order() -> None:
@@ -57,3 +57,13 @@ def test_numbers_out_of_range_are_refused(text: str) -> None:
 def test_the_kinds_that_were_promised_are_there() -> None:
     assert {"H200", "H100", "A100-80", "L40S", "RTX4090"} <= KINDS.keys()
     assert 79 < KINDS["H100"].memory_bytes / 2**30 < 80 < 140 < KINDS["H200"].memory_bytes / 2**30 < 141
+
+
+def test_the_hosts_memory_is_told_behind_a_colon_or_is_the_usual() -> None:
+    usual, told = parse_nodes("1x8xH200,1x8xH200:1024 GiB")
+    assert usual.host_bytes == int(2048 * 2**30 * HOST_SHARE)
+    assert told.host_bytes == int(1024 * 2**30 * HOST_SHARE)
+    assert told.kind == usual.kind
+    assert all(kind.host_bytes > 0 for kind in KINDS.values())
+    with pytest.raises(NodesError, match="1x8xH200:1024"):
+        parse_nodes("1x8xH200:lots")

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from engine.planner.asleep import Sleep, sleep_of
+from engine.planner.catalog import nodes_of, wants_of
 from engine.planner.chart import chart
 from engine.planner.document import document
 from engine.planner.fleet import Fleet, Item, group_of
-from engine.planner.hardware import parse_nodes
+from engine.planner.hardware import HOST_SHARE, parse_nodes
 from engine.planner.launch import launch_lines
 from engine.planner.layout import Layout, Policy, Want
 from engine.planner.memory import (
@@ -32,7 +33,8 @@ from engine.planner.outcome import Plan
 from engine.planner.pack import pack
 from engine.planner.plan import make_plan
 from engine.planner.select import Option
-from tests.planner.support import dense, node, plan, small
+from models.catalog import load_catalog, load_profile
+from tests.planner.support import catalog, dense, node, plan, small
 
 RUN = Path("/run/hearth")
 
@@ -241,3 +243,35 @@ def test_json_and_launch_line_say_that_it_sleeps() -> None:
     (line,) = launch_lines(found.placements[1], RUN)
     assert dict(line.environment)["VLLM_SERVER_DEV_MODE"] == "1"
     assert "VLLM_SERVER_DEV_MODE" not in dict(launch_lines(found.placements[0], RUN)[0].environment)
+
+
+def test_residents_are_spread_where_a_standby_model_needs_every_gpu() -> None:
+    needs = {f"r{i}": small(f"r{i}", 12) for i in range(4)} | {"wide": dense("wide", 370, attention_heads=64)}
+    wants = [Want(name, tier="standby" if name == "wide" else "resident", context=2048) for name in needs]
+    found = make_plan(needs, wants, parse_nodes("1x4xH200"))
+    assert not found.refusals
+    assert len({p.places for p in found.placements if p.sleep is None}) == 4
+    assert_within_budget(found)
+    # Without it they stand together and leave whole GPUs free.
+    alone = make_plan(needs, wants[:-1], parse_nodes("1x4xH200"))
+    assert len({p.places for p in alone.placements}) == 1
+
+
+def test_fifty_models_stand_on_eight_h200_and_a_usual_host() -> None:
+    fifty = load_profile("fifty")
+    (host,) = nodes_of(fifty)
+    smallest = replace(host, host_room=int(fifty.needs.memory_bytes * HOST_SHARE))
+    found = make_plan(catalog(), wants_of(fifty), [smallest])
+    assert len(fifty.models) == len(found.placements) == 50 and not found.refusals
+    assert_within_budget(found)
+    awake = [p for p in found.placements if p.sleep is None]
+    assert {p.needs.category for p in awake} == {
+        "chat", "code", "vision", "image", "audio", "embedding", "detection"
+    } - {"image"}  # fmt: skip
+    r1 = next(p for p in found.placements if p.needs.id == "deepseek-r1")
+    assert r1.sleep is not None and r1.gpus == 8
+    # Awake all at once they would take nearly twice the memory that there is.
+    everything = sum(p.footprint.total * p.gpus for p in found.placements)
+    assert everything > 1.8 * 8 * capacity(host.kind, 0.92)
+    known = load_catalog()
+    assert not any(known.find(model.id).gated for model in fifty.models)
