@@ -97,7 +97,10 @@ def _end_engine_at_once() -> None:
 
     def shutdown(engine: Any, timeout: float | None = None) -> None:
         deadline = time.monotonic() + (timeout or 0.0)
-        while engine.output_processor.has_unfinished_requests() and time.monotonic() < deadline:
+        # The requests of an engine that has died, as with a killed rank, never finish.
+        while not engine.errored and engine.output_processor.has_unfinished_requests():
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.02)
         _kill_children()
         tidy(engine, timeout=0.0)
