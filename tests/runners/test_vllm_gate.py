@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from engine.runners.environment import repair_imports
 from engine.runners.sleeping import Sleeper
 from engine.runners.vllm_errors import OpenAIErrors
 from engine.runners.vllm_gate import SleepGate
@@ -142,6 +143,7 @@ class Client:
 
 @pytest.mark.engines
 async def test_the_installed_vllms_own_routes_are_what_the_gate_expects() -> None:
+    repair_imports()
     from vllm.entrypoints.serve.dev.rpc.api_router import attach_router as attach_rpc
     from vllm.entrypoints.serve.dev.sleep.api_router import attach_router as attach_sleep
     from vllm.entrypoints.serve.instrumentator.health import router as health
