@@ -32,6 +32,7 @@ class UnitRecord(BaseModel):
     device: str = ""
     state: RecordState
     placed: Placed | None = Field(default=None, description="Memory that it was started with, by device.")
+    awake: bool = Field(default=True, description="Whether it holds that of one awake, even if it ends now.")
 
     @property
     def process(self) -> ProcessRef:
@@ -78,6 +79,7 @@ def record(world: World, *, scheduler_pid: int, host: str, port: int) -> StateFi
                 device=unit.device,
                 state=_state(unit),
                 placed=unit.placed,
+                awake=unit.awake,
             )
         )
     return StateFile(

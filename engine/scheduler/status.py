@@ -124,7 +124,8 @@ def _is_well(unit: Unit) -> bool:
     if unit.state == "ready":
         return True
     for_another = unit.withdrawal is not None and unit.withdrawal.room_for != ""
-    return unit.standby and not unit.ending and (unit.state in ("asleep", "waking") or for_another)
+    loaded = unit.state in ("asleep", "waking") or for_another
+    return unit.standby and loaded and not unit.unsettled and not unit.ending
 
 
 def replicas_by_model(units: Iterable[Unit]) -> dict[str, list[Unit]]:

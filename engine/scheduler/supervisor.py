@@ -285,8 +285,12 @@ class Supervisor:
         event: Event
         try:
             if isinstance(action, Settle):
-                sleeps = await self._prober.is_sleeping(plan.spec.socket, limit)
-            if sleeps:
+                sleeps = await self._stays_asleep(plan, limit)
+                event = Slept(unit.id, ref)
+                if not sleeps:
+                    await self._prober.wake(plan, limit)
+                    event = Woken(unit.id, ref)
+            elif sleeps:
                 await self._prober.sleep(plan.spec.socket, limit)
                 event = Slept(unit.id, ref)
             else:
@@ -302,6 +306,16 @@ class Supervisor:
         log.info("%s: %s", unit.id, _told(event))
         self.send(event)
         await self._measure_one(unit.id, ref)
+
+    async def _stays_asleep(self, plan: RunnerPlan, limit: float) -> bool:
+        """Whether one taken over half-way is asleep now, not only on its way there or back."""
+        if not await self._prober.is_sleeping(plan.spec.socket, limit):
+            return False
+        try:
+            await self._prober.sleep(plan.spec.socket, limit)
+        except BusyError:  # it was waking
+            return False
+        return True
 
     async def _follow_progress(self) -> None:
         while True:

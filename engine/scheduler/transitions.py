@@ -100,7 +100,7 @@ def begin(world: World, plans: Iterable[UnitPlan], left: Iterable[UnitRecord], n
 def _adopt_state(unit: Unit, record: UnitRecord, now: float) -> None:
     if record.kind == "runner":
         unit.placed = record.placed or _placed(unit.plan) or Placed(())
-        unit.awake = record.state != "asleep"
+        unit.awake = record.awake and record.state != "asleep"
     match record.state:
         case "ready":
             unit.become("ready", now)

@@ -1,10 +1,19 @@
-"""A gateway that only says that it is well, on the listening socket that it inherits."""
+"""A gateway without requests: ``LISTENER CONTROL_SOCKET``.
 
+It says that it is well, on the listening socket that it inherits, and tells the scheduler which route table
+it uses.
+"""
+
+import contextlib
+import http.client
 import http.server
+import json
 import os
 import signal
 import socket
 import sys
+import threading
+import time
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -27,5 +36,33 @@ class Server(http.server.HTTPServer):
         self.socket.setblocking(True)
 
 
+class Control(http.client.HTTPConnection):
+    def __init__(self, path):
+        super().__init__("hearth", timeout=10)
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+    def ask(self, method, path, body=None):
+        self.request(method, path, body)
+        return json.loads(self.getresponse().read())
+
+
+def report(path):
+    version = -1
+    while True:
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            control = Control(path)
+            while True:
+                version = control.ask("GET", f"/routes?after={version}&wait=2")["version"]
+                said = {"worker": os.getpid(), "version": version, "replicas": {}, "models": {}}
+                control.ask("POST", "/usage", json.dumps(said))
+        time.sleep(0.05)
+
+
 signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+threading.Thread(target=report, args=(sys.argv[2],), daemon=True).start()
 Server(int(sys.argv[1])).serve_forever()

@@ -2,7 +2,9 @@
 
 Standard library only, so that it starts in a few hundredths of a second. Faults are ``options`` of its spec:
 ``exit`` (status at once), ``ignore_sigterm``, ``child`` (starts one that sleeps), ``hang_file`` and
-``wrong_file`` (while the file exists, health checks get no answer; warm-ups get an empty one).
+``wrong_file`` (while the file exists, health checks get no answer; warm-ups get an empty one). It sleeps and
+wakes as a real one does; while ``busy_file`` exists it has a request in hand, and while ``slow_file`` does,
+waking takes its time.
 """
 
 import argparse
@@ -30,6 +32,9 @@ ANSWERS = {
 
 class Handler(http.server.BaseHTTPRequestHandler):
     options: ClassVar[dict] = {}
+    asleep: ClassVar[threading.Event] = threading.Event()
+    #: Falling asleep and waking wait for each other.
+    turn: ClassVar[threading.Lock] = threading.Lock()
     protocol_version = "HTTP/1.1"
 
     def _exists(self, option):
@@ -38,15 +43,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         while self._exists("hang_file"):
             time.sleep(0.05)
-        self._answer({"pid": os.getpid()})
+        if self.path == "/is_sleeping":
+            self._answer({"is_sleeping": self.asleep.is_set()})
+        else:
+            self._answer({"pid": os.getpid()})
 
     def do_POST(self):
-        self.rfile.read(int(self.headers["content-length"]))
-        self._answer({} if self._exists("wrong_file") else ANSWERS[self.path])
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        if self.path.startswith("/sleep"):
+            self._sleep()
+        elif self.path == "/wake_up":
+            with self.turn:
+                while self._exists("slow_file"):
+                    time.sleep(0.05)
+                self.asleep.clear()
+            self._answer({})
+        elif self.asleep.is_set():
+            self._answer({"error": {"code": "model_asleep"}}, 503)
+        else:
+            self._answer({} if self._exists("wrong_file") else ANSWERS[self.path])
 
-    def _answer(self, data):
+    def _sleep(self):
+        if self._exists("busy_file"):
+            self._answer({"error": {"message": "a request in hand"}}, 409)
+        else:
+            with self.turn:
+                self.asleep.set()
+            self._answer({})
+
+    def _answer(self, data, status=200):
         body = json.dumps(data).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

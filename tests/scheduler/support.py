@@ -39,6 +39,18 @@ def entry(name: str, **fields: Any) -> ModelEntry:
     return ModelEntry(id=name, **(defaults | fields))
 
 
+def napper(name: str, **fields: Any) -> ModelEntry:
+    """A standby model of 2 GiB, of which its engine keeps less than one while asleep."""
+    kind: dict[str, Any] = {"category": "embedding", "engine": "sentence-transformers"}
+    return entry(name, **({**kind, "memory_bytes": 2 * GIB} | fields))
+
+
+def nap_config(tmp_path: Path, *names: str, **fields: Any) -> Config:
+    """Models that sleep; room for one of them to be awake."""
+    tiers = {"min_residence_s": 0.2, "cpu_memory_bytes": 3 * GIB + GIB // 2}
+    return config(tmp_path, tiers=tiers, models={name: {"tier": "standby"} for name in names}, **fields)
+
+
 def catalog(*entries: ModelEntry) -> Catalog:
     return Catalog(entries)
 
@@ -246,7 +258,13 @@ class FakeCommands(Commands):
         return [sys.executable, "-S", str(HERE / "fake_runner.py"), "--spec", str(spec_file)]
 
     def gateway_argv(self, plan: GatewayPlan, listener: int) -> list[str]:
-        return [sys.executable, "-S", str(HERE / "fake_gateway.py"), str(listener)]
+        return [
+            sys.executable,
+            "-S",
+            str(HERE / "fake_gateway.py"),
+            str(listener),
+            str(self._config.control_socket),
+        ]
 
     def preparation_argv(self, plan: PreparationPlan, entry: Path) -> list[str]:
         folder = self.weights / plan.id

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine.scheduler.messages import Check, StopAsked
 from engine.scheduler.reconcile import next_wakeup
@@ -46,8 +46,13 @@ class Tiers(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        policy = replace(POLICY, min_residence_s=self.residence_s)
+        policy = replace(POLICY, min_residence_s=self.residence_s, health_interval_s=30, start_check_s=2)
         self.stage = Stage(PLANS, ROOM, gateways=2, policy=policy, host_room=3)
+
+    @initialize(loaded=st.booleans())
+    def some_time_after_the_start(self, loaded: bool) -> None:
+        if loaded:
+            self.stage.answer_all()
 
     @property
     def workers(self) -> list[int]:
@@ -94,6 +99,20 @@ class Tiers(RuleBasedStateMachine):
             if self.stage.asked:
                 self.stage.answer()
 
+    @precondition(lambda self: self.stage.workers)
+    @rule(model=st.sampled_from(STANDBY), which=index, others=st.booleans())
+    def a_model_is_used(self, model: str, which: int, others: bool) -> None:
+        """What happens most: a request comes, is served and ends, and then nothing for a while."""
+        pid = self.workers[which % len(self.workers)]
+        self.stage.request(model, pid)
+        self.all_goes_well_for_a_while()
+        for name, count in list(self.stage.workers[pid].in_hand.items() if pid in self.stage.workers else []):
+            for _ in range(count if others or name.startswith(model) else 0):
+                self.stage.finish(name, pid)
+        for pid in self.workers:
+            self.stage.report(pid)
+        self.stage.pass_time(self.residence_s)
+
     @precondition(lambda self: self.stage.living)
     @rule(which=index)
     def a_process_ends(self, which: int) -> None:
@@ -107,9 +126,7 @@ class Tiers(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 5.0, 20.0]))
     def time_passes(self, seconds: float) -> None:
-        due = next_wakeup(self.stage.world, self.stage.now)
-        self.stage.now = min(self.stage.now + seconds, due if due is not None else 1e9)
-        self.stage.step()
+        self.stage.pass_time(seconds)
 
     @rule(happened=st.lists(st.booleans(), min_size=1, max_size=4))
     def the_scheduler_is_killed_and_replaced(self, happened: list[bool]) -> None:

@@ -159,7 +159,7 @@ class Stage:
         if isinstance(action, Withdraw):
             assert unit.standby and not unit.pinned and unit.state == "ready", action
             stayed = self.now - self.served_since[unit.id]
-            assert stayed >= self.world.policy.min_residence_s, f"{action} after {stayed} s"
+            assert stayed >= self.world.policy.min_residence_s - 1e-6, f"{action} after {stayed} s"
             assert unit.model not in self.world.demands, f"{action}: it is asked for itself"
         if isinstance(action, Sleep):
             assert unit.standby, f"{action} of a resident"
