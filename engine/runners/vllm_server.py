@@ -35,7 +35,7 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".gguf", ".pt")
 
 
 def main() -> None:
-    """Reads the spec, starts the server, and returns after a drained SIGTERM."""
+    """Reads the spec and serves until a drained SIGTERM, or (exit status 1) until the engine has died."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--spec", type=Path, required=True, help="RunnerSpec as JSON")
     spec = RunnerSpec.model_validate_json(parser.parse_args().spec.read_text())
@@ -46,7 +46,7 @@ def main() -> None:
     # Whoever has asked for the temporary folder before it was there has been given another.
     tempfile.tempdir = None
     try:
-        _serve(spec)
+        died = _serve(spec)
     except OptionsError as error:
         sys.exit(str(error))
     finally:
@@ -54,10 +54,11 @@ def main() -> None:
     # The interpreter's own end takes seconds (vLLM's compilers are freed piece by piece) and frees nothing.
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(1 if died else 0)
 
 
-def _serve(spec: RunnerSpec) -> None:
+def _serve(spec: RunnerSpec) -> bool:
+    """Serves until told to end; whether the engine had died by itself."""
     import uvloop
     from vllm.entrypoints.launchers.api_server.entry import run_server_worker
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
@@ -82,7 +83,26 @@ def _serve(spec: RunnerSpec) -> None:
         spec.socket.chmod(0o600)
         if spec.device.startswith("cpu"):
             _end_engine_at_once()
+        fates = _fates()
         uvloop.run(run_server_worker(address, listener, args))
+        # The first alone: an engine that was told to end counts as dead from then on.
+        return fates[:1] == [True]
+    return False
+
+
+def _fates() -> list[bool]:
+    """A list that gets, for each shutdown of the engine, whether it had died before."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    fates: list[bool] = []
+    end = AsyncLLM.shutdown
+
+    def shutdown(engine: Any, timeout: float | None = None) -> None:
+        fates.append(engine.errored)
+        end(engine, timeout=timeout)
+
+    AsyncLLM.shutdown = shutdown
+    return fates
 
 
 def _end_engine_at_once() -> None:
