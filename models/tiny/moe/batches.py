@@ -37,12 +37,15 @@ def step_rng(step: int, seed: int) -> random.Random:
     return random.Random(f"moe {seed} {step}")
 
 
-def conversation(rng: random.Random, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation and, for each, whether it belongs to an answer."""
+def conversation(rng: random.Random, tokenizer: Any, more: str | None = None) -> tuple[list[int], list[bool]]:
+    """The tokens of a conversation and, for each, whether it belongs to an answer.
+
+    ``more``: a kind of question that a third of the questions is to be of, beside its usual share.
+    """
     tokens, answers = [BOS], [False]
     system = f"{rng.choice(SYSTEMS)}\n" if rng.random() < 0.2 else ""
     for _ in range(1 if rng.random() < 0.6 else rng.randint(2, _MOST_TURNS)):
-        question = sample_question(rng)
+        question = sample_question(rng, more if more and rng.random() < 1 / 3 else None)
         asked = tokenizer.encode(system + carelessly(rng, question.text)).ids
         said = tokenizer.encode(question.answer).ids
         tokens += [USER, *asked, ASSISTANT, *said, EOS]
@@ -51,7 +54,7 @@ def conversation(rng: random.Random, tokenizer: Any) -> tuple[list[int], list[bo
     return tokens, answers
 
 
-def draw_batch(rng: random.Random, tokenizer: Any, rows: int) -> Batch:
+def draw_batch(rng: random.Random, tokenizer: Any, rows: int, more: str | None = None) -> Batch:
     """So many rows, each filled with as many conversations as fit."""
     tokens = torch.full((rows, ROW), PAD)
     positions = torch.zeros((rows, ROW), dtype=torch.long)
@@ -60,7 +63,7 @@ def draw_batch(rng: random.Random, tokenizer: Any, rows: int) -> Batch:
     for row in range(rows):
         start, number = 0, 1
         while True:
-            ids, answers = conversation(rng, tokenizer)
+            ids, answers = conversation(rng, tokenizer, more)
             end = start + len(ids)
             if end > ROW:
                 break

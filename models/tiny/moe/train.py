@@ -19,6 +19,7 @@ from torch import nn
 from models.tiny.moe.architecture import answer_logits, balance_loss, build_model
 from models.tiny.moe.batches import draw_batch, step_rng
 from models.tiny.moe.optimizer import Optimizer
+from models.tiny.moe.questions import KINDS
 from models.tiny.moe.tokenizer import load_tokenizer
 
 DEFAULT_FOLDER = Path("var/train-moe")
@@ -40,6 +41,8 @@ class Training:
     tokenizer: Any = field(default_factory=load_tokenizer)
     step: int = 0
     seconds: float = 0.0
+    # Not in the checkpoint: a resumed run is told it again.
+    more: str | None = None
 
     def __post_init__(self) -> None:
         self.optimizer = Optimizer(self.model.named_parameters())
@@ -64,7 +67,7 @@ class Training:
 
     def take_step(self, rate: float, seed: int = TRAINING_SEED) -> dict[str, float]:
         """One step; its losses, and the largest share of an expert times the experts' number (1 = even)."""
-        batch = draw_batch(step_rng(self.step, seed), self.tokenizer, ROWS)
+        batch = draw_batch(step_rng(self.step, seed), self.tokenizer, ROWS, self.more)
         with torch.autocast("cpu", torch.bfloat16):
             logits, routed = answer_logits(
                 self.model, batch.tokens, batch.positions, batch.mask, batch.wanted
@@ -115,13 +118,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000, help="stop after so many")
     parser.add_argument("--minutes", type=float, default=25.0, help="stop after so long")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--more", choices=KINDS, help="a kind to ask more of")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     args.folder.mkdir(parents=True, exist_ok=True)
-    training = Training()
+    training = Training(more=args.more)
     if args.resume:
         training.load(args.folder / "checkpoint.pt")
     nn.Module.train(training.model)
