@@ -68,5 +68,30 @@ async def test_the_real_model_answers(start_runner: StartRunner, weights: Callab
         await started.sleeps_and_wakes(weights(MODEL))
         assert (await vectors(texts) == together).all()
 
+    # Sleeps and wakes in the middle of the load: each request is answered rightly or told to wait.
+    async def persistent(text: str) -> np.ndarray:
+        while True:
+            status, body, _ = await started.post("/v1/embeddings", {"model": MODEL, "input": text})
+            if status == 200:
+                return np.array(body["data"][0]["embedding"])
+            assert (status, body["error"]["code"]) == (503, "model_asleep"), body
+            status, _, _ = await started.post("/wake_up", b"")
+            assert status == 200
+
+    async def disturb() -> list[int]:
+        seen = []
+        while seen.count(200) < 10:
+            seen.append((await started.post("/sleep", b""))[0])
+            await asyncio.sleep(0.01)
+        return seen
+
+    disturbed = asyncio.create_task(disturb())
+    for _ in range(3):
+        for batch in range(0, 40, 4):
+            rows = await asyncio.gather(*(persistent(text) for text in texts[batch : batch + 4]))
+            assert np.abs(np.array(rows) - alone[batch : batch + 4]).max() < 1e-5
+    assert set(await disturbed) <= {200, 409}
+    assert np.abs(await persistent("a cat") - cat).max() < 1e-5
+
     started.process.send_signal(signal.SIGTERM)
     assert await asyncio.to_thread(started.process.wait, 15) == 0
