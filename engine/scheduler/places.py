@@ -11,15 +11,15 @@ from engine.scheduler.devices import CPU
 from engine.scheduler.wishes import PlanError, Wish, gib
 
 MIB = 2**20
-#: What a runner still holds of the host while asleep, bytes: the engine's libraries, the server and what the
-#: allocator keeps. Its weights are mapped again from disk. Importing the library alone takes, on the CPU set
-#: of `requirements/` with one thread: diffusers 553 MiB, sentence-transformers 501, ultralytics 241 (before
-#: it has loaded torch whole), faster-whisper 61 (PSS); the rest is allowance. `benchmarks/sleep.py` measures.
+#: What a runner still holds of the host while asleep, bytes: Python, the engine's libraries, the server and
+#: what the allocator keeps; its weights are mapped again from disk. Measured by `python -m benchmarks.sleep`
+#: with the tiny profile's models (PSS, MiB): diffusers 458, sentence-transformers 396, ultralytics 333,
+#: faster-whisper 155. A third or more is added, since larger models leave more behind.
 ASLEEP_BYTES: Mapping[EngineKind, int] = {
-    "diffusers": 900 * MIB,
-    "sentence-transformers": 700 * MIB,
-    "ultralytics": 700 * MIB,
-    "faster-whisper": 300 * MIB,
+    "diffusers": 640 * MIB,
+    "sentence-transformers": 560 * MIB,
+    "ultralytics": 480 * MIB,
+    "faster-whisper": 256 * MIB,
 }
 
 
