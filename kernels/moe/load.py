@@ -1,14 +1,16 @@
 """How many tokens each expert of each layer got, counted into a file that another process reads.
 
 The file, ``$HEARTH_EXPERT_LOAD.RANK``: int64 layers, int64 experts, then the counts, int64, row-major
-(layers, experts), in the machine's byte order. Layers stand in the order in which they first ran; the file
-grows as they appear, the header last. Counts only rise; a new process begins a new file.
+(layers, experts), in the machine's byte order; ``engine/runners/expert_load.py`` reads it. Layers stand in
+the order in which they first ran; the file grows as they appear, the header last. Counts only rise; a new
+process begins a new file.
 
 Ranks of one expert-parallel group that see the same tokens (tensor parallelism) count the same: take one.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+#: Below vLLM's own logger, whose handlers it has.
+logger = logging.getLogger("vllm.hearth_moe")
 
 #: Where to count; unset, nothing is counted.
 VARIABLE = "HEARTH_EXPERT_LOAD"
@@ -63,7 +68,9 @@ class ExpertCounter:
                 f"{layer} has {experts} experts and the layers before it {self.counts.shape[1]}: one file of "
                 f"counts has one width. Unset {VARIABLE} for this model."
             )
-        os.truncate(self.path, HEADER_BYTES + (row + 1) * experts * 8)
+        with self.path.open("r+b") as file:
+            # Not truncate: on a full disk that would end in a bus error when the first token is counted.
+            os.posix_fallocate(file.fileno(), 0, HEADER_BYTES + (row + 1) * experts * 8)
         self.counts = np.memmap(
             self.path, dtype=np.int64, mode="r+", offset=HEADER_BYTES, shape=(row + 1, experts)
         )
@@ -77,11 +84,19 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.counter: ExpertCounter | None = None
+        self.failed = False
 
     def record(self, layer: str, ids: Tensor, experts: int) -> None:
-        if self.counter is None:
-            self.counter = ExpertCounter(Path(f"{os.environ[VARIABLE]}.{_rank()}"))
-        self.counter.add(layer, ids.numpy(), experts)
+        if self.failed:
+            return
+        try:
+            if self.counter is None:
+                self.counter = ExpertCounter(Path(f"{os.environ[VARIABLE]}.{_rank()}"))
+            self.counter.add(layer, ids.numpy(), experts)
+        except (OSError, ValueError) as error:
+            # Answers matter more than counts.
+            self.failed = True
+            logger.warning("hearth_moe counts no experts from here on: %s", error)
 
 
 _recorder = _Recorder()
@@ -93,28 +108,11 @@ def counting() -> bool:
 
 
 def record(layer: str, ids: Tensor, experts: int) -> None:
-    """Counts one call of a layer, where ``counting()``; like ``ExpertCounter.add``, OSError besides."""
-    _recorder.record(layer, ids, experts)
+    """Counts one call of a layer, where ``counting()``; arguments as of ``ExpertCounter.add``.
 
-
-def read(path: Path) -> NDArray[np.int64]:
-    """A copy of the counts in a rank's file, shape (layers, experts); (0, 0) before the first layer ran.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no such file.
+    A file that cannot be written ends the counting, with a line in the log, and nothing else.
     """
-    data = path.read_bytes()
-    numbers = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.int64)
-    if len(numbers) < 2:
-        raise ValueError(f"{path} has {len(data)} bytes: not a file of expert counts ({VARIABLE}).")
-    layers, experts = int(numbers[0]), int(numbers[1])
-    counts = numbers[2 : 2 + layers * experts]
-    if layers < 0 or experts < 0 or len(counts) != layers * experts:
-        raise ValueError(
-            f"{path} is cut off: {layers} x {experts} counts announced, {len(numbers) - 2} there."
-        )
-    return counts.reshape(layers, experts).copy()
+    _recorder.record(layer, ids, experts)
 
 
 def _rank() -> int:
