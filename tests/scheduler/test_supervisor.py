@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 from engine.scheduler.listener import Listeners
-from engine.scheduler.messages import StopAsked
+from engine.scheduler.messages import StopAsked, WakeAsked, WakeLeft
 from engine.scheduler.outlook import outlook
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.publish import make_routes
@@ -26,6 +27,7 @@ from .support import (
     FakeProber,
     config,
     entry,
+    napper,
     runner_plans,
 )
 
@@ -42,15 +44,15 @@ class PreparedCommands(FakeCommands):
 class Stage:
     """A supervisor among fakes."""
 
-    def __init__(self, tmp_path: Path, *entries: ModelEntry) -> None:
-        settings = config(tmp_path)
+    def __init__(self, tmp_path: Path, *entries: ModelEntry, **fields: Any) -> None:
+        settings = config(tmp_path, **fields)
         self.launcher = FakeLauncher()
         self.launcher.on_launch = self._preparations_end_well
         self.prober = FakeProber()
         self.clock = FakeClock()
         self.commands = PreparedCommands(settings)
         self.world = World(policy=POLICY)
-        runners = runner_plans(tmp_path, *entries)
+        runners = runner_plans(tmp_path, *entries, **fields)
         plans = [*self.commands.gateway_plans(), *self.commands.preparation_plans(runners), *runners]
         begin(self.world, plans, [], self.clock.now())
         self.listeners = Listeners("127.0.0.1", 0)
@@ -234,3 +236,50 @@ async def test_a_restart_tells_why_it_happened(tmp_path: Path) -> None:
         await stage.until(lambda: stage.state("a-0") == "starting")
         seen = outlook(stage.world, stage.world.units["a-0"], stage.clock.now())
         assert seen.reason.startswith("loading the model again") and "SIGABRT" in seen.reason
+
+
+NAP: dict[str, Any] = {"models": {"nap": {"tier": "standby"}}}
+
+
+async def test_a_standby_model_sleeps_and_wakes_when_asked(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, napper("nap"), **NAP)
+    async with playing(stage):
+        await stage.until(lambda: stage.state("nap-0") == "asleep")
+        assert stage.prober.asleep == {"nap-0"} and stage.prober.warmed == ["nap-0"]
+        stage.supervisor.send(WakeAsked("nap", 1))
+        await stage.until(lambda: stage.state("nap-0") == "ready")
+        assert not stage.prober.asleep and stage.prober.warmed == ["nap-0", "nap-0"]
+        stage.supervisor.send(WakeLeft("nap", 1))
+        await stage.until(lambda: not stage.world.demands)
+        assert stage.state("nap-0") == "ready"
+
+
+async def test_a_runner_that_cannot_fall_asleep_or_wake_is_restarted_with_the_reason(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, napper("nap"), **NAP)
+    stage.prober.stiff.add("nap-0")
+    async with playing(stage):
+        await stage.until(lambda: stage.state("nap-0") == "failed")
+        assert "falling asleep took longer" in stage.world.units["nap-0"].reason
+        stage.prober.stiff.clear()
+        await stage.until(lambda: stage.state("nap-0") == "asleep")
+        stage.prober.cold["nap-0"] = "its first request was answered wrongly: status 500"
+        stage.supervisor.send(WakeAsked("nap", 1))
+        await stage.until(lambda: stage.state("nap-0") == "failed")
+        assert "answered wrongly" in stage.world.units["nap-0"].reason
+        stage.prober.cold.clear()
+        await stage.until(lambda: stage.state("nap-0") == "ready")
+        stage.supervisor.send(WakeLeft("nap", 1))
+
+
+async def test_one_taken_over_while_it_was_waking_is_awake_in_the_end(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, napper("nap"), **NAP)
+    stage.prober.asleep.add("nap-0")
+    stage.prober.busy.add("nap-0")  # its own runner answers 409 while it wakes
+    async with playing(stage):
+        await stage.until(lambda: stage.state("nap-0") == "ready")
+        unit = stage.world.units["nap-0"]
+        unit.become("waking", stage.clock.now())
+        unit.unsettled = True
+        stage.supervisor.send(WakeLeft("nap", 1))  # anything that has it look again
+        await stage.until(lambda: stage.state("nap-0") == "ready")
+        assert not stage.prober.asleep and not unit.unsettled

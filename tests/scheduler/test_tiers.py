@@ -9,8 +9,11 @@ import pytest
 
 from engine.scheduler.memory import host_held
 from engine.scheduler.messages import Launch, Restore, Sleep, Sweep, Wake, WakeFailed, Withdraw
+from engine.scheduler.outlook import outlook
 from engine.scheduler.plan import RunnerPlan
+from engine.scheduler.publish import make_routes
 from engine.scheduler.statefile import UnitRecord
+from engine.scheduler.status import SchedulerStatus, Status, make_status
 from engine.scheduler.units import Placed
 
 from .support import POLICY, standing
@@ -446,3 +449,45 @@ def test_one_with_another_size_than_before_is_ended_before_the_room_is_used(tmp_
     assert stage.state("a-0") == "draining"
     stage.answer_all()
     assert stage.state("a-0") == "asleep" and stage.count(Launch, "a-0") == 1
+
+
+def test_what_a_person_is_told(pair: Stage) -> None:
+    def told(name: str) -> tuple[str, str, float | None]:
+        seen = outlook(pair.world, pair.world.units[name], pair.now)
+        return seen.state, seen.reason, seen.eta_s
+
+    assert told("a-0") == ("asleep", "asleep; the first request wakes it", 2.0), "a tenth of a start"
+    pair.world.wakes["a"] = 4.0
+    pair.request("a")
+    pair.now += 1.0
+    assert told("a-0") == ("waking", "waking up", 3.0)
+    pair.answer_all()
+    assert pair.world.wakes["a"] == pytest.approx(1.0, abs=0.5)
+    pair.request("b")
+    assert told("b-0") == ("asleep", "asleep; waiting until there is room", 2.0)
+    pair.finish("a-0")
+    pair.report(pair.worker())
+    pair.pass_time(RESIDENCE)
+    assert told("a-0")[:2] == ("draining", "making room for b")
+    row = make_routes(pair.world, pair.now, 5.0, 1)[0]
+    assert (row.state, row.tier, row.wake_wait_s) == ("draining", "standby", POLICY.wake_wait_s)
+
+
+def test_all_is_well_though_some_sleep_or_wake(tmp_path: Path) -> None:
+    stage = Stage([standing(tmp_path, "r", tier="resident"), standing(tmp_path, "a")], {"cuda:0": 12})
+
+    def status() -> Status:
+        me = SchedulerStatus(pid=1, started=0.0)
+        return make_status(stage.world, stage.now, scheduler=me, profile="p", base_url="http://h/v1")
+
+    assert not status().ready
+    stage.answer_all()
+    assert (status().ready, status().asleep) == (True, 1)
+    assert [(one.room_bytes, one.held_bytes) for one in status().devices] == [(12, 6)]
+    stage.request("a")
+    assert (status().ready, status().models[1].state) == (True, "waking")
+    stage.answer_all()
+    assert (status().asleep, status().devices[0].held_bytes) == (0, 10)
+    stage.die("a-0")
+    stage.tell_exit(stage.untold[0])
+    assert not status().ready
