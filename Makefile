@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help setup serve test lint format bench lock clean
+.PHONY: help setup serve test lint format bench gpu-check lock clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ format: setup ## Rewrite the code in the house style
 bench: setup ## Every benchmark that runs on this machine; results in benchmarks/results/
 	@$(BIN)/python -m benchmarks.startup
 	@$(BIN)/python -m benchmarks.gateway
+
+gpu-check: setup ## On one GPU: sleep, wake, first answer, memory against the plan (ARGS="--rehearse" on a CPU)
+	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 lock: setup ## Resolve and pin all versions anew (requirements/*.txt)
 	@$(BIN)/python scripts/lock.py

@@ -1,8 +1,8 @@
-"""The models of the GPU check: prepared ones of the profile, or their shapes with weights that vLLM makes up.
+"""The models of the GPU check: prepared ones of the profile, or known shapes with weights that vLLM makes up.
 
-A made-up model is a folder with the published architecture's ``config.json`` and a tokenizer of bytes, without
-weight files: ``--load-format dummy`` fills the tensors, so memory and times are the real model's, and its words
-nonsense.
+A made-up model is a folder with the published architecture's ``config.json`` and a tokenizer of bytes, but no
+weight files: ``--load-format dummy`` fills the tensors, so memory and times are the real model's, and its
+words nonsense.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the GPU check measures, what follows from it, and how it is written down: pure, but for the printing."""
+"""What the GPU check measures, what follows from it, and how it is shown."""
 
 from __future__ import annotations
 
@@ -111,31 +111,28 @@ def answers_changed(record: Record) -> list[str]:
     if not wrong:
         return []
     return [
-        f"{record.model}: after waking in round {', '.join(map(str, wrong))} it answered otherwise than before"
+        f"{record.model}: after waking (round {', '.join(map(str, wrong))}) it answered otherwise than before"
     ]
 
 
 def show(records: Sequence[Record], console: Console, *, judged: bool) -> None:
     """For a person; ``judged``: whether planned and used memory can be compared here."""
     table = Table(title="Standby models that take turns")
-    for name in (
-        "",
-        "start, s",
-        "first answer: cold",
-        "ready",
-        "steady",
-        "wake, s",
-        "then first",
-        "sleep, s",
-    ):
-        table.add_column(name, justify="right" if name else "left")
+    table.add_column("seconds", no_wrap=True)
+    for name in ("start", "cold", "ready", "steady", "wake", "woken", "sleep"):
+        table.add_column(name, justify="right")
     for r in records:
         times = (r.cold_first_s, r.ready_first_s, r.steady_s, r.wake_s, r.woken_first_s, r.sleep_s)
-        table.add_row(f"{r.model} ({r.weights})", f"{r.start_s:.1f}", *(f"{time:.3f}" for time in times))
+        table.add_row(r.model, f"{r.start_s:.1f}", *(f"{time:.3f}" for time in times))
     console.print(table)
+    console.print(
+        "cold, ready, steady, woken: to the first byte of the first answer ever, of the first after"
+    )
+    console.print("warm-up, of later ones (median), of the first after a wake (median).")
     memory = Table(title="Memory" if judged else "Memory (of processes; not what a plan for a GPU reckons)")
-    for name in ("", "planned", "used", "error", "asleep: planned", "asleep: used"):
-        memory.add_column(name, justify="right" if name else "left")
+    memory.add_column("", no_wrap=True)
+    for name in ("planned", "used", "error", "asleep: planned", "used"):
+        memory.add_column(name, justify="right")
     for r in records:
         error = f"{r.memory_error:+.1%}" if judged else ""
         sizes = (_gib(r.planned_bytes), _gib(r.used_bytes), error)

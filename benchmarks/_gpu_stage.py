@@ -123,7 +123,7 @@ class RunnerStage:
         limit_s: float,
         say: Callable[[str], None],
     ) -> None:
-        """``used`` gets the leaders' numbers and tells the bytes in use; ``limit_s``: longest start or answer."""
+        """``used``: bytes in use, of the leaders' numbers; ``limit_s``: longest start or answer."""
         self._folder = folder
         self._used = used
         self._limit_s = limit_s
@@ -184,7 +184,7 @@ class RunnerStage:
     async def _healthy(self, socket: Path) -> bool:
         try:
             return await self._call(socket, "GET", "/health") == 200
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError, TimeoutError):
             return False
 
     async def ask(self, subject: Subject) -> Answer:
@@ -194,13 +194,16 @@ class RunnerStage:
             CheckError: it is not right.
         """
         ask = subject.ask
-        async with self._session(subject.spec.socket) as session:
-            began = time.perf_counter()
-            headers = {"content-type": ask.content_type}
-            async with session.post(f"http://runner{ask.path}", data=ask.body, headers=headers) as answer:
-                body = await answer.content.readany()
-                first_s = time.perf_counter() - began
-                body += await answer.read()
+        headers = {"content-type": ask.content_type}
+        try:
+            async with self._session(subject.spec.socket) as session:
+                began = time.perf_counter()
+                async with session.post(f"http://runner{ask.path}", data=ask.body, headers=headers) as answer:
+                    body = await answer.content.readany()
+                    first_s = time.perf_counter() - began
+                    body += await answer.read()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise CheckError(f"{subject.name} did not answer {ask.path}: {_told(error)}") from error
         fault = ask.fault(answer.status, body)
         if fault:
             shown = body[:300].decode(errors="replace")
@@ -215,7 +218,10 @@ class RunnerStage:
 
     async def _change(self, subject: Subject, path: str, what: str) -> float:
         began = time.perf_counter()
-        status = await self._call(subject.spec.socket, "POST", path)
+        try:
+            status = await self._call(subject.spec.socket, "POST", path)
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise CheckError(f"{subject.name}: {what} failed: {_told(error)}") from error
         if status != 200:
             raise CheckError(f"{subject.name}: {what} was answered with status {status}")
         return time.perf_counter() - began
@@ -235,6 +241,10 @@ class RunnerStage:
     def _session(self, socket: Path) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(total=self._limit_s)
         return aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(socket)), timeout=timeout)
+
+
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _digest(body: bytes) -> str:

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.gpu_check` (`make gpu-check`): what a real GPU does to standby models, against the plan.
+"""`python -m benchmarks.gpu_check` (`make gpu-check`): standby models on a real GPU, against the plan.
 
-On one GPU, two vLLM models are placed as `hearth serve` would place them as standby models: prepared ones of the
-profile for this GPU, else known ones with made-up weights of the same size. Measured are the times of sleeping
-and waking at level 1 over several rounds in which they take turns, the first answer after ready against the
-steady state, and the memory planned against the memory used (NVML). Writes results/gpu-KIND.json.
+On one GPU, two vLLM models are placed as `hearth serve` would place them as standby models: prepared ones of
+the profile for this GPU, else known ones with made-up weights of the same size. Measured are the times of
+sleeping and waking at level 1 over several rounds of taking turns, the first answer after ready against
+the steady state, and the memory planned against the memory used (NVML). Writes results/gpu-KIND.json.
 Exit status 1 when the memory is off by more than 5 % or an answer changed by sleeping, 2 without a GPU.
 `--rehearse` runs the same measurement with two small CPU runners, judges no memory and writes nothing.
 """
@@ -55,7 +55,7 @@ def one_gpu(devices: Sequence[Device]) -> Device | None:
 
 
 def wanted_models(gpu: Device, host_bytes: int) -> list[str]:
-    """The models of the profile that `hearth serve` takes with this GPU alone; none where none is made for it."""
+    """The models of the profile that `hearth serve` takes with this GPU alone; none where there is none."""
     fitting = [profile for profile in load_profiles() if profile.needs.gpus == 1 and suits(profile, [gpu])]
     try:
         chosen = load_profile(choose_profile(fitting, [gpu.memory_bytes], host_bytes))
@@ -91,7 +91,7 @@ def _gpu_subject(plan: RunnerPlan, choice: Choice, folder: Path) -> Subject:
 
 
 def chat_ask(spec: RunnerSpec) -> Ask:
-    """A streamed chat of a few tokens. Made-up weights say nonsense, so only that it says something is judged."""
+    """A streamed chat of a few tokens. Made-up weights say nonsense: it is judged only that they do."""
     body = {
         "model": spec.model,
         "messages": [{"role": "user", "content": _PROMPT}],
@@ -141,7 +141,7 @@ def document(gpu: Device, records: Sequence[Record], command: str, faults: Seque
 
 def result_name(gpu: Device) -> str:
     """'gpu-h100' and the like, safe as a file's name."""
-    return "gpu-" + re.sub(r"[^a-z0-9.-]+", "-", kind_of(gpu).name.lower()).strip("-")
+    return "gpu-" + re.sub(r"[^a-z0-9.]+", "-", kind_of(gpu).name.lower()).strip("-")
 
 
 async def check(given: argparse.Namespace, console: Console) -> int:
@@ -161,9 +161,10 @@ async def check(given: argparse.Namespace, console: Console) -> int:
         config.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             if gpu is None or given.rehearse:
-                subjects, used = rehearsal_subjects(config, catalog, devices[0]), process_bytes
+                subjects = rehearsal_subjects(config, catalog, devices[0])
             else:
-                subjects, used = gpu_subjects(config, catalog, devices, folder), nvml_bytes(gpu)
+                subjects = gpu_subjects(config, catalog, devices, folder)
+            used = process_bytes if gpu is None or given.rehearse else nvml_bytes(gpu)
             stage = RunnerStage(folder, used, limit_s=given.limit, say=console.print)
             async with stage:
                 records = await measure(stage, subjects, rounds=given.rounds, steady=given.steady)
