@@ -107,10 +107,11 @@ def reload(
         settings = load(config, state_dir=state_dir)
         told = asyncio.run(control.reload(settings, dry_run=dry_run))
     except (ConfigError, control.NotRunningError, control.RefusedError) as error:
+        reason = f"nothing was changed: {error}" if isinstance(error, ConfigError) else str(error)
         if as_json:
-            print(json.dumps({"refused": True, "reason": str(error)}))
+            print(json.dumps({"refused": True, "reason": reason}))
             raise typer.Exit(1) from None
-        fail(str(error))
+        fail(reason)
     if as_json:
         print(told.model_dump_json(indent=2))
     else:

@@ -16,7 +16,9 @@ from typing import Any
 
 import aiohttp
 import pytest
+from typer.testing import CliRunner
 
+from engine.cli.app import app
 from engine.config import ROOT, Config, load
 from engine.routes import RouteTable
 from engine.scheduler import service
@@ -305,6 +307,35 @@ async def test_the_control_socket_reloads(settings: Config) -> None:
             assert status == 422 and "nothing was changed: model 'x'" in told["error"]["message"]
             node.settings = node.settings.model_copy(update={"models": {}, "host": "0.0.0.0"})
             assert (await post("{}"))[0] == 409
+
+
+async def test_the_command_prints_the_changes_or_the_reason(settings: Config, tmp_path: Path) -> None:
+    file = tmp_path / "hearth.toml"
+    file.write_text(f'state_dir = "{settings.state_dir}"')
+
+    async def hearth(*words: str) -> tuple[int, str]:
+        argv = ["reload", "--config", str(file), *words]
+        result = await asyncio.to_thread(CliRunner(env={"COLUMNS": "200"}).invoke, app, argv)
+        return result.exit_code, result.output
+
+    code, text = await hearth()
+    assert code == 1 and "Hearth does not run here" in text
+    async with serving(settings, entry("m"), entry("n")) as node:
+        node.entries[0] = entry("m", options={"x": 1})
+        code, text = await hearth("--dry-run")
+        assert code == 0 and "A reload would change: 1 changed, 2 kept" in text
+        assert "m-0 → m-1" in text and "options.x: none → 1" in text and "m-1" not in node.pids()
+        code, text = await hearth("--json")
+        assert code == 0 and Reloaded.model_validate_json(text) == node.told[0]
+        await until(node.scheduler, is_only("m-1", "n-0"))
+        code, text = await hearth()
+        assert code == 0 and "Reloaded, restarting nothing." in text
+        node.configure(models={"x": {}})
+        code, text = await hearth("--json")
+        assert code == 1 and "model 'x' is not in the catalog" in json.loads(text)["reason"]
+        file.write_text("prot = 1")
+        code, text = await hearth()
+        assert code == 1 and "nothing was changed" in text and "Did you mean 'port'?" in text
 
 
 # With a scheduler in a process of its own.
