@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from engine.config import Config
 from engine.scheduler.changes import Reloaded, nested_differences
@@ -15,6 +15,7 @@ from engine.scheduler.replan import Replan, replan, standing
 from engine.scheduler.rolling import Rolling, roll
 from engine.scheduler.statefile import UnitRecord
 from engine.scheduler.units import GatewayPlan
+from engine.scheduler.wishes import Wish, wishes_of
 from models.profile import Profile
 
 
@@ -36,6 +37,16 @@ class Setup:
     runners: list[RunnerPlan]
     rooms: dict[str, int]
     host_room: int
+    #: What each model is to be, by its id.
+    wishes: dict[str, Wish] = field(default_factory=dict)
+    #: Product of each device.
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    def same_as(self, other: Setup) -> list[RunnerPlan]:
+        """The replicas here of models that are to be just the same in another setup."""
+        if self.config.scheduler.drain_s != other.config.scheduler.drain_s or self.kinds != other.kinds:
+            return []
+        return [plan for plan in self.runners if self.wishes.get(plan.model) == other.wishes.get(plan.model)]
 
 
 def make_setup(config: Config, profile: Profile, catalog: Entries) -> Setup:
@@ -46,7 +57,15 @@ def make_setup(config: Config, profile: Profile, catalog: Entries) -> Setup:
     """
     devices = find_devices()
     plans = make_plan(config, profile, catalog, devices)
-    return Setup(config, profile, plans, rooms(config, devices), host_room(config, devices))
+    return Setup(
+        config,
+        profile,
+        plans,
+        rooms(config, devices),
+        host_room(config, devices),
+        {wish.id: wish for wish in wishes_of(config, profile, catalog)},
+        {device.name: device.product for device in devices},
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,7 @@ def prepare(old: Setup, new: Setup, seen: Standing, gateways: Sequence[GatewayPl
     reason = "; ".join(_differences(old.config, new.config, GATEWAY_NEEDS_NOT)) or "another version"
     return Renewal(
         new,
-        replan(seen.runners, new.runners, new.rooms, seen.going),
+        replan(seen.runners, new.runners, new.rooms, seen.going, former=old.same_as(new), kinds=new.kinds),
         roll(seen.gateways, gateways, seen.gateways_going, reason),
     )
 
@@ -143,4 +162,4 @@ def adopted(
     workers = [one for one in whole if one.kind == "gateway" and one.fingerprint == gateways[0].fingerprint]
     # Their sockets are not ours, so any place will do.
     kept = [replace(gateways[0], id=one.id, index=place) for place, one in enumerate(workers)]
-    return roll(kept, gateways).plans, replan(stood, setup.runners, setup.rooms).runners
+    return roll(kept, gateways).plans, replan(stood, setup.runners, setup.rooms, kinds=setup.kinds).runners

@@ -61,7 +61,13 @@ def essence(plan: RunnerPlan) -> str:
 
 
 def replan(
-    old: Sequence[Stood], fresh: Sequence[RunnerPlan], rooms: Rooms, going: Sequence[RunnerPlan] = ()
+    old: Sequence[Stood],
+    fresh: Sequence[RunnerPlan],
+    rooms: Rooms,
+    going: Sequence[RunnerPlan] = (),
+    *,
+    former: Sequence[RunnerPlan] = (),
+    kinds: Mapping[str, str] | None = None,
 ) -> Replan:
     """The new plan with the fewest moves.
 
@@ -74,17 +80,48 @@ def replan(
         rooms: bytes of each device for runners.
         going: replicas that are on their way out already, and still hold their memory and their ids.
 
+        former: what the last plan from nothing had for models about which nothing has changed. A plan from
+            nothing may lay them out in another way, to suit its neighbours; as long as all fit without that,
+            they stay as they were.
+        kinds: product of each device, where they differ.
+
     Raises:
         PlanError: a socket's path would be too long.
     """
+    if former and (found := _replan(old, _as_before(fresh, former), rooms, going, kinds)):
+        return found
+    found = _replan(old, fresh, rooms, going, kinds, settle=True)
+    assert found is not None, "a plan from nothing is a way"
+    return found
+
+
+def _as_before(fresh: Sequence[RunnerPlan], former: Sequence[RunnerPlan]) -> list[RunnerPlan]:
+    by_id = {plan.id: plan for plan in former}
+    return [by_id.get(plan.id, plan) for plan in fresh]
+
+
+def _replan(
+    old: Sequence[Stood],
+    fresh: Sequence[RunnerPlan],
+    rooms: Rooms,
+    going: Sequence[RunnerPlan],
+    kinds: Mapping[str, str] | None,
+    *,
+    settle: bool = False,
+) -> Replan | None:
+    """One try; ``settle``: where no way is found, all are placed as ``fresh`` has them."""
     left = list(old)
     slots = _matched(fresh, left)
     extras = _extras(slots, old, left)
     _follow(slots, left)
     _follow(extras, left)
-    places = seat([_seeker(slot) for slot in slots], rooms)
+    places = seat([_seeker(slot) for slot in slots], rooms, kinds)
+    if places is None:
+        if not settle:
+            return None
+        places = [slot.fresh.device for slot in slots]
     names = _Names(plan.id for plan in (*(one.plan for one in old), *going))
-    taken = Taken(rooms)
+    taken = Taken(rooms, kinds=kinds or {})
     for slot, device in zip(slots, places, strict=True):
         _settle(slot, device, names)
         taken.add(_plan(slot))

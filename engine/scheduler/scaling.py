@@ -96,7 +96,7 @@ def scale(world: World, now: float) -> Iterator[Add | Drop]:
 def booked(world: World) -> Taken:
     """What the replicas that are planned or still live have of each device."""
     plans = [unit.plan for unit in world.of_kind("runner") if isinstance(unit.plan, RunnerPlan)]
-    return Taken.by(world.room, plans)
+    return Taken.by(world.room, plans, world.kinds)
 
 
 def another(world: World, units: list[Unit], taken: Taken) -> RunnerPlan | None:

@@ -37,10 +37,12 @@ class Taken:
 
     rooms: Rooms
     plans: dict[str, list[RunnerPlan]] = field(default_factory=dict)
+    #: Product by device, where a machine's GPUs differ: what was laid out for one kind stays on that kind.
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def by(cls, rooms: Rooms, plans: Iterable[RunnerPlan]) -> Taken:
-        taken = cls(rooms)
+    def by(cls, rooms: Rooms, plans: Iterable[RunnerPlan], kinds: Mapping[str, str] | None = None) -> Taken:
+        taken = cls(rooms, kinds=kinds or {})
         for plan in plans:
             taken.add(plan)
         return taken
@@ -87,11 +89,16 @@ def candidates(plan: RunnerPlan, taken: Taken, first: Sequence[str] = ()) -> Ite
     if plan.device.startswith("cpu"):
         yield plan.device
         return
-    first = [one for one in dict.fromkeys(first) if _is_like(one, plan.device)]
+    product = taken.kinds.get(plan.devices[0])
+    first = [
+        one
+        for one in dict.fromkeys(first)
+        if _is_like(one, plan.device) and taken.kinds.get(one.partition(",")[0]) == product
+    ]
     yield from first
     kind = plan.device.partition(":")[0]
     names = sorted(
-        (name for name in taken.rooms if name.startswith(f"{kind}:")),
+        (name for name in taken.rooms if name.startswith(f"{kind}:") and taken.kinds.get(name) == product),
         key=lambda name: int(name.partition(":")[2]),
     )
 
@@ -127,25 +134,28 @@ class Seeker:
         return tuple(device for device in (self.at, self.near, self.plan.device) if device)
 
 
-def seat(seekers: Sequence[Seeker], rooms: Rooms, steps: int = MOST_STEPS) -> list[str]:
+def seat(
+    seekers: Sequence[Seeker],
+    rooms: Rooms,
+    kinds: Mapping[str, str] | None = None,
+    steps: int = MOST_STEPS,
+) -> list[str] | None:
     """A device for each, so that as few as possible of those that stand leave theirs.
 
     Zero moved ones are tried first, then each single one, each pair and so on, the cheapest first (asleep
     before awake, low priority before high, small before big); those that move and those that are new are
-    placed by depth-first search, the biggest first. If ``steps`` trials do not settle it, all are placed as
-    a plan from nothing has them.
+    placed by depth-first search, the biggest first. None = there is no way, or ``steps`` trials did not find
+    it.
     """
     budget = _Budget(steps)
     stand = [index for index, seeker in enumerate(seekers) if seeker.at is not None]
     stand.sort(key=lambda index: _cost(seekers[index].plan))
     for count in range(len(stand) + 1):
         for moved in combinations(stand, count):
-            found = _seat_these(seekers, rooms, set(moved), budget)
-            if found is not None:
+            found = _seat_these(seekers, Taken(rooms, kinds=kinds or {}), set(moved), budget)
+            if found is not None or budget.spent:
                 return found
-            if budget.spent:
-                return [seeker.plan.device for seeker in seekers]
-    return [seeker.plan.device for seeker in seekers]
+    return None
 
 
 def _cost(plan: RunnerPlan) -> tuple[bool, int, int]:
@@ -165,11 +175,10 @@ class _Budget:
 
 
 def _seat_these(
-    seekers: Sequence[Seeker], rooms: Rooms, moved: set[int], budget: _Budget
+    seekers: Sequence[Seeker], taken: Taken, moved: set[int], budget: _Budget
 ) -> list[str] | None:
     """A device for each, where all that stand stay but ``moved``; None = not possible, or budget spent."""
     devices = [seeker.at if index not in moved else None for index, seeker in enumerate(seekers)]
-    taken = Taken(rooms)
     for seeker, device in zip(seekers, devices, strict=True):
         if device is not None:
             taken.add(_on(seeker.plan, device))

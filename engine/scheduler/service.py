@@ -108,6 +108,7 @@ class Scheduler:
         self._world.policy = _policy(setup.config)
         self._world.scaling = Rules(**setup.config.scaling.model_dump())
         self._world.room = setup.rooms
+        self._world.kinds = setup.kinds
         self._world.host_room = setup.host_room
 
     async def run(self) -> None:

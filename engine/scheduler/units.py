@@ -320,6 +320,8 @@ class World:
     wakes: dict[str, float] = field(default_factory=dict)
     #: Memory for runners of each device, bytes; a device that is not named is unbounded.
     room: Mapping[str, int] = field(default_factory=dict)
+    #: Product of each device, where it is known.
+    kinds: Mapping[str, str] = field(default_factory=dict)
     #: Host memory for the weights of sleepers, bytes; None = unbounded.
     host_room: int | None = None
     #: Models with requests that wait for them, by model id.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.runners.spec import RunnerSpec
+from engine.scheduler import replan as replans
 from engine.scheduler.handover import hand_over
 from engine.scheduler.plan import RunnerPlan, Standing, spec_fingerprint
 from engine.scheduler.replan import Replan, Stood, essence, replan, standing
@@ -188,9 +191,34 @@ def test_standing_ones_are_recognised_by_what_they_were_started_with() -> None:
     assert standing(fresh, records, {}) == [Stood(elsewhere_)]
 
 
-def test_a_search_without_an_end_falls_back_to_the_plan_from_nothing() -> None:
-    seekers = [Seeker(replica(f"m{n}", f"cuda:{n % 2}", 2), at="cuda:0") for n in range(6)]
-    assert seat(seekers, {"cuda:0": 6, "cuda:1": 6}, steps=1) == [f"cuda:{n % 2}" for n in range(6)]
+def test_a_search_is_bounded_and_then_the_plan_from_nothing_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = [replica(f"m{n}", "cuda:0", 2) for n in range(6)]
+    fresh = [replica(f"m{n}", f"cuda:{n % 2}", 2) for n in range(6)]
+    rooms = {"cuda:0": 6, "cuda:1": 6}
+    assert seat([Seeker(one, at="cuda:0") for one in fresh], rooms, steps=3) is None
+    monkeypatch.setattr(replans, "seat", partial(seat, steps=3))
+    assert sorted(stands(plan(old, fresh, rooms)).values()) == ["cuda:0"] * 3 + ["cuda:1"] * 3
+
+
+def test_an_unchanged_model_keeps_its_layout_though_a_new_plan_would_have_another() -> None:
+    rooms = dict.fromkeys(("cuda:0", "cuda:1", "cuda:2", "cuda:3"), 10)
+    narrow, wide = replica("a", "cuda:0,1", 8), replica("a", "cuda:0,1,2,3", 4)
+    result = replan([Stood(narrow)], [wide, replica("b", awake=2)], rooms, former=[narrow])
+    assert result.runners[0] == narrow and not result.leaving
+    # Where its old layout leaves no room for another, it changes.
+    result = replan(
+        [Stood(narrow)], [wide, *(replica(f"b{n}", f"cuda:{n}", 6) for n in range(4))], rooms, former=[narrow]
+    )
+    assert stands(result)["a-1"] == wide.device
+
+
+def test_replicas_stay_on_the_kind_of_gpu_that_they_were_laid_out_for() -> None:
+    kinds = {"cuda:0": "H100", "cuda:1": "L40S", "cuda:2": "H100"}
+    rooms = dict.fromkeys(kinds, 10)
+    old = [replica("a", "cuda:0", 6)]
+    fresh = [replica("a", "cuda:0", 6), replica("b", "cuda:0", 6)]
+    result = replan([Stood(one) for one in old], fresh, rooms, kinds=kinds)
+    assert stands(result) == {"a-0": "cuda:0", "b-0": "cuda:2"}
 
 
 # Against every placement there is, on small instances.
