@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.scheduler import moves
 from engine.scheduler.messages import (
     Action,
     Add,
@@ -146,7 +147,7 @@ def commit(world: World, action: Action, now: float) -> None:
             unit.running = unit.plan.fingerprint if unit.plan else ""
             unit.placed = _placed(unit.plan)
             unit.awake = unit.kind == "runner"
-            _end_moves(unit)
+            moves.stop(unit)
         case Check():
             unit.checking = True
         case WarmUp():
@@ -156,29 +157,12 @@ def commit(world: World, action: Action, now: float) -> None:
                 _count_failure(world, unit, now)
             unit.become(action.state, now, action.reason)
             unit.ending = Ending(deadline=now + action.grace_s, then=action.then)
-            _end_moves(unit)
+            moves.stop(unit)
         case Sweep():
             if unit.ending:
                 unit.ending.swept = True
-        case Withdraw():
-            unit.withdrawal = Withdrawal(now, action.room_for, world.published)
-            unit.become("draining", now, f"making room for {_name(world, action.room_for)}")
-        case Restore():
-            unit.withdrawal = None
-            unit.become("ready", now)
-            unit.check_due = now
-            if action.asked or not unit.awake_since:
-                _awake(world, unit, now)
-            if action.busy:
-                unit.spared_until = now + world.policy.spare_s
-        case Sleep():
-            unit.moving = True
-        case Wake():
-            unit.moving = True
-            unit.awake = True
-            unit.become("waking", now)
-        case Settle():
-            unit.moving = True
+        case Withdraw() | Restore() | Sleep() | Wake() | Settle():
+            moves.begin(world, unit, action, now)
         case Depart():
             unit.withdrawal = None
             unit.farewell = Withdrawal(now, version=world.published)
@@ -203,18 +187,6 @@ def _add(world: World, action: Add, now: float) -> None:
     world.units.update(units)
 
 
-def _name(world: World, unit: str) -> str:
-    known = world.units.get(unit)
-    return known.model if known and known.model else unit
-
-
-def _end_moves(unit: Unit) -> None:
-    unit.withdrawal = None
-    unit.moving = False
-    unit.unsettled = False
-    unit.spared_until = 0.0
-
-
 def apply(world: World, event: Event, now: float) -> None:
     """Takes an event into account; one about a process that is no longer the unit's is ignored."""
     match event:
@@ -227,7 +199,7 @@ def apply(world: World, event: Event, now: float) -> None:
             world.demands.setdefault(event.model, Demand()).waiters[event.waiter] = now
             return
         case WakeLeft():
-            _leave(world, event)
+            moves.leave(world, event)
             return
         case UsageReported():
             if any(unit.process and unit.process.pid == event.worker for unit in world.of_kind("gateway")):
@@ -296,67 +268,16 @@ def _apply_to_process(
                 unit.fault = f"no answer to {unit.missed} health checks in a row ({event.reason})"
         case Warmed():
             if unit.state == "warming" and not unit.ending:
-                _warmed(world, unit, now)
+                moves.warmed(world, unit, now)
         case WarmFailed():
             if unit.state == "warming" and not unit.ending:
                 unit.fault = event.reason
         case Slept() | SleepFailed() | Woken() | WakeFailed():
             if unit.moving and not unit.ending:
-                _moved(world, unit, event, now)
+                moves.end(world, unit, event, now)
         case Measured():
             unit.memory_bytes = event.memory_bytes
             unit.expert_balance = event.expert_balance
-
-
-def _warmed(world: World, unit: Unit, now: float) -> None:
-    if unit.model and not unit.adopted:
-        world.durations[unit.model] = now - unit.started_at
-    unit.check_due = now + world.policy.health_interval_s
-    if unit.standby and unit.model not in world.demands:
-        # It never was in the route table, so there is nobody to wait for.
-        unit.withdrawal = Withdrawal(now)
-        unit.become("draining", now, "loaded; falling asleep until it is asked for")
-        return
-    unit.become("ready", now)
-    _awake(world, unit, now)
-
-
-def _awake(world: World, unit: Unit, now: float) -> None:
-    unit.awake_since = now
-    unit.awake_version = world.published
-
-
-def _moved(world: World, unit: Unit, event: Slept | SleepFailed | Woken | WakeFailed, now: float) -> None:
-    """The end of falling asleep or waking; one that was neither in time must start again."""
-    known = not unit.unsettled
-    unit.moving = False
-    unit.unsettled = False
-    unit.check_due = now + world.policy.health_interval_s
-    match event:
-        case Slept():
-            unit.withdrawal = None
-            unit.awake = False
-            unit.become("asleep", now)
-        case Woken():
-            if known and unit.model:
-                world.wakes[unit.model] = now - unit.since
-            unit.withdrawal = None
-            unit.become("ready", now)
-            _awake(world, unit, now)
-        case SleepFailed() if event.busy:
-            unit.withdrawal = None
-            unit.become("ready", now)
-            unit.spared_until = now + world.policy.spare_s
-        case SleepFailed() | WakeFailed():
-            unit.fault = event.reason
-
-
-def _leave(world: World, event: WakeLeft) -> None:
-    demand = world.demands.get(event.model)
-    if demand:
-        demand.waiters.pop(event.waiter, None)
-        if not demand.waiters:
-            del world.demands[event.model]
 
 
 def _exited(world: World, unit: Unit, event: Exited, now: float) -> None:
@@ -376,7 +297,7 @@ def _exited(world: World, unit: Unit, event: Exited, now: float) -> None:
         unit.ending = Ending(deadline=now, then="stopped", exited=True)
         return
     _count_failure(world, unit, now)
-    _end_moves(unit)
+    moves.stop(unit)
     unit.become("failed", now, event.reason)
     unit.ending = Ending(deadline=now, then="backoff", exited=True)
 
@@ -392,7 +313,7 @@ def _gone(world: World, unit: Unit, now: float) -> None:
     unit.placed = None
     unit.awake = False
     unit.awake_since = 0.0
-    _end_moves(unit)
+    moves.stop(unit)
     if unit.plan is None or unit.leaving:
         forget(world, unit.id)
     elif world.stop:
