@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from typer.testing import CliRunner
 from engine.cli.app import app
 from engine.config import ROOT, Config, load
 from engine.routes import RouteTable
-from engine.scheduler import service
 from engine.scheduler import statefile as files
 from engine.scheduler.changes import Reloaded
 from engine.scheduler.probe import HttpProber
@@ -33,13 +31,6 @@ from .support import GIB, FakeCommands, catalog, config, entry, profile
 from .test_processes import children, model, ours, ready, settings, until
 
 __all__ = ["settings"]  # the fixture
-
-
-@pytest.fixture(autouse=True)
-def quick_acknowledgement(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake gateways never say that they took a route table: that is not waited for as long."""
-    policy = service._policy
-    monkeypatch.setattr(service, "_policy", lambda given: replace(policy(given), acknowledge_s=0.2))
 
 
 class Node:
@@ -336,6 +327,32 @@ async def test_the_command_prints_the_changes_or_the_reason(settings: Config, tm
         file.write_text("prot = 1")
         code, text = await hearth()
         assert code == 1 and "nothing was changed" in text and "Did you mean 'port'?" in text
+
+
+async def test_replicas_follow_what_gateways_report(settings: Config) -> None:
+    models = {"m": {"max_replicas": 2}}
+    scaling = {"up_after_s": 0.3, "down_after_s": 0.5, "target_in_flight": 0.5}
+    busy = Config(**(settings.model_dump() | {"models": models, "scaling": scaling}))
+    async with serving(busy, entry("m")) as node:
+        first, pid = node.pids()["m-0"], node.pids()["gateway-0"]
+        in_hand = 99
+        connector = aiohttp.UnixConnector(str(settings.control_socket))
+
+        async def report(session: aiohttp.ClientSession) -> None:
+            while True:
+                body = {"worker": pid, "version": node.table().version, "models": {"m": {"waiting": in_hand}}}
+                async with session.post("http://hearth/usage", json=body) as answer:
+                    assert answer.status == 200
+                await asyncio.sleep(0.05)
+
+        async with aiohttp.ClientSession(connector=connector) as session:
+            reporting = asyncio.create_task(report(session))
+            await until(node.scheduler, is_only("m-0", "m-1"))
+            assert {replica.id for replica in node.table().models[0].replicas} == {"m-0", "m-1"}
+            in_hand = 0
+            await until(node.scheduler, is_only("m-0"))
+            reporting.cancel()
+        assert node.pids()["m-0"] == first
 
 
 # With a scheduler in a process of its own.
