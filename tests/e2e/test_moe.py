@@ -221,7 +221,7 @@ def test_a_killed_rank_takes_its_runner_along_and_it_is_started_anew(
     while (found := moe.status()["models"][0])["pid"] in (None, leader):
         assert time.monotonic() < until, found
         time.sleep(0.2)
-    assert found["restarts"] == 1 and found["state"] != "ready"
+    assert found["restarts"] == 1 and found["state"] != "ready" and "status 1" in found["reason"], found
     with pytest.raises(openai.APIStatusError) as refused:
         ask(moe_client, "Hello!")
     assert refused.value.status_code == 503 and float(refused.value.response.headers["retry-after"]) >= 1

@@ -49,6 +49,8 @@ def export(state: dict[str, Tensor], folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     config = build_config().to_dict()
+    # As published weights call it; transformers 5 writes its own name for it.
+    config["num_experts"] = config.pop("num_local_experts")
     config |= {"architectures": ["Qwen3MoeForCausalLM"], "dtype": "float16"}
     _write(folder / "config.json", config)
     # top_k 1 makes greedy answers the default of engines that read this file; there is one right answer.
