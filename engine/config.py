@@ -176,6 +176,18 @@ class WeightsConfig(_Section):
     )
 
 
+class MeteringConfig(_Section):
+    """Keys, plans and the ledger."""
+
+    database_url: str = Field(
+        default="",
+        # A password may stand in it.
+        repr=False,
+        description="PostgreSQL for several machines: postgresql://user:password@host/name; "
+        "empty = the SQLite file <state_dir>/hearth.db.",
+    )
+
+
 class ModelConfig(_Section):
     """What one model changes against its profile; the table's name is the model's: [models.smollm2-135m]."""
 
@@ -246,6 +258,7 @@ class Config(BaseSettings):
     tiers: TiersConfig = Field(default_factory=TiersConfig)
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
+    metering: MeteringConfig = Field(default_factory=MeteringConfig)
     models: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Per-model tables, and models to add."
     )
@@ -271,7 +284,13 @@ class Config(BaseSettings):
         return self.state_dir.expanduser().resolve() / "logs"
 
     @property
+    def database_file(self) -> Path:
+        """Keys, plans and the ledger, unless `metering.database_url` names another place."""
+        return self.state_dir.expanduser().resolve() / "hearth.db"
+
+    @property
     def keys_file(self) -> Path:
+        """Where keys were kept before there was a database; read once."""
         return self.state_dir.expanduser().resolve() / "keys.json"
 
     @property

@@ -65,6 +65,8 @@ keys = Table(
     metadata,
     Column("id", String(64), primary_key=True),
     Column("tenant_id", String(64), ForeignKey("tenants.id"), nullable=False, index=True),
+    # A plan of its own; None: its tenant's.
+    Column("plan_id", String(64), ForeignKey("plans.id"), nullable=True),
     Column("name", String(200), nullable=False),
     # The key's first characters, for a person to tell it by.
     Column("prefix", String(16), nullable=False),
