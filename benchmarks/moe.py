@@ -140,7 +140,8 @@ def measure(ways: dict[str, Way], tokens: int, routing: str, runs: int) -> dict[
     for run in range(runs + 1):
         batch = draw(tokens, routing, generator)
         sums: dict[str, Tensor] = {}
-        for name, way in ways.items():
+        turn = run % len(ways)
+        for name, way in [*ways.items()][turn:] + [*ways.items()][:turn]:
             out = torch.empty_like(batch.hidden)
             dist.barrier()
             began = time.perf_counter()

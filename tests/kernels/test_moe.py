@@ -282,3 +282,18 @@ def test_routing_that_is_a_view_and_of_int64() -> None:
     expert_map = map_of(8, [7, 2, 0, 5])
     out, _ = viewed.share(expert_map)
     assert torch.equal(out, case.share(expert_map)[0])
+
+
+def test_sums_of_bfloat16_round_once() -> None:
+    """256 + 1 + 1 + 1 + 1 is 260; summed in bfloat16 itself, each 1 would be lost."""
+    ids = torch.tensor([[0, 1, 2, 3, 4], [0, 5, 6, 5, 6]], dtype=torch.int32)
+    hidden = torch.ones(2, 32, dtype=torch.bfloat16)
+    value = torch.tensor([256.0, 1.0, 1.0, 1.0, 1.0])
+
+    def kernel(out: Tensor, hidden: Tensor, weights: Tensor, ids: Tensor) -> None:
+        out.copy_(value[ids.long()].expand_as(out))
+
+    out = torch.empty_like(hidden)
+    local_experts(out, hidden, torch.ones(2, 5), ids, map_of(7, [0, 1, 2, 3, 4]), kernel)
+    assert out[0].eq(260.0).all()
+    assert out[1].eq(256.0).all()
