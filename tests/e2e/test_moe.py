@@ -5,6 +5,7 @@ One rank is a runner alone on its socket; the two are `hearth serve --profile ti
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -205,6 +206,21 @@ def test_each_rank_has_half_of_the_experts_and_none_listens_beyond_this_machine(
     for process in members({runner_of(moe)}):
         listening = [c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
         assert set(listening) <= {"127.0.0.1"}, (process.cmdline(), listening)
+
+
+def test_how_evenly_the_experts_are_loaded_is_told(moe: Hearth, moe_client: openai.OpenAI) -> None:
+    ask(moe_client, "Hello!")
+    told = moe.status()["models"][0]["expert_balance"]
+    assert told["over"] == "ranks" and 0.5 <= told["worst"] <= told["overall"] <= 1
+    assert "balance of ranks" in " ".join(moe.command("status").stdout.split())
+    metrics = httpx.get(f"{moe.base_url.removesuffix('/v1')}/metrics").text
+    assert 'hearth_model_expert_balancedness{layers="all",model="tiny-moe"' in metrics
+    assert metrics.count("hearth_expert_tokens_total{") == 4 * 16
+    found = json.loads(moe.command("moe", "balance", "--model", MODEL, "--gpus", "2", "--json").stdout)
+    loads = found["loads"]
+    # Each token goes to two experts, in every layer.
+    assert len(loads) == 4 and len({sum(layer) for layer in loads}) == 1 and sum(loads[0]) % 2 == 0
+    assert found["balance"]["linear"]["overall"] <= found["balance"]["rebalanced"]["overall"]
 
 
 def test_a_killed_rank_takes_its_runner_along_and_it_is_started_anew(
