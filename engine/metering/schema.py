@@ -93,8 +93,8 @@ ledger = Table(
     Column("charge", BigInteger, nullable=False),
     # 'credits' or the currency of the charge.
     Column("unit", String(16), nullable=False),
-    # HTTP status of the answer.
-    Column("status", BigInteger, nullable=False),
+    # 'answered', or 'left': its client went away after the first byte.
+    Column("status", String(16), nullable=False),
     Column("at", BigInteger, nullable=False),
     # For information, never charged; None where the engine told none.
     Column("prompt_tokens", BigInteger, nullable=True),

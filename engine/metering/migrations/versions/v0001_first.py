@@ -62,7 +62,7 @@ def upgrade() -> None:
         sa.Column("category", sa.String(32), nullable=False),
         sa.Column("charge", sa.BigInteger, nullable=False),
         sa.Column("unit", sa.String(16), nullable=False),
-        sa.Column("status", sa.BigInteger, nullable=False),
+        sa.Column("status", sa.String(16), nullable=False),
         sa.Column("at", sa.BigInteger, nullable=False),
         sa.Column("prompt_tokens", sa.BigInteger, nullable=True),
         sa.Column("completion_tokens", sa.BigInteger, nullable=True),
