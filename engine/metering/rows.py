@@ -1,0 +1,100 @@
+"""One answered request, as the ledger keeps it."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import msgspec
+
+#: More bytes than any row takes in the journal: what one answered request may need there.
+MOST_ROW_BYTES = 8 * 1024
+
+#: The largest charge of one row: a signed 64-bit integer holds the sum of a thousand of them.
+MOST_CHARGE = 2**53
+
+#: Longest text of each column.
+_LONGEST = {
+    "request_id": 64,
+    "key_id": 64,
+    "tenant_id": 64,
+    "model": 200,
+    "category": 32,
+    "unit": 16,
+    "worker": 64,
+    "period": 16,
+}
+
+
+class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What is written once for a request that was answered.
+
+    charge: in `unit` ("credits", or minor units of the currency that is named); never negative.
+    at: Unix milliseconds. period: what the budget is counted in, for instance "2026-11".
+    worker: the life of the worker that answered (`new_life`); a restarted worker has another.
+    status: the answer's HTTP status.
+
+    Raises:
+        ValueError: a text that no column of either database takes, or a charge out of range.
+    """
+
+    request_id: str
+    key_id: str
+    tenant_id: str
+    model: str
+    category: str
+    charge: int
+    at: int
+    period: str
+    worker: str
+    plan_id: str | None = None
+    unit: str = "credits"
+    status: int = 200
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    work: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        for name, longest in _LONGEST.items():
+            text: str = getattr(self, name)
+            if len(text) > longest or "\0" in text:
+                raise ValueError(
+                    f"{name} of a ledger row is a text of at most {longest} characters: {text!r}"
+                )
+        if not self.request_id:
+            raise ValueError("a ledger row needs a request id.")
+        if not 0 <= self.charge <= MOST_CHARGE:
+            raise ValueError(f"a charge lies between 0 and {MOST_CHARGE}; this one is {self.charge}.")
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(LedgerRow)
+
+
+def encode(row: LedgerRow) -> bytes:
+    """A row as the journal keeps it.
+
+    Raises:
+        ValueError: it takes more than MOST_ROW_BYTES.
+    """
+    data = _ENCODER.encode(row)
+    if len(data) > MOST_ROW_BYTES:
+        raise ValueError(
+            f"the row of request {row.request_id} takes {len(data)} bytes, more than {MOST_ROW_BYTES}: "
+            "keep `work` short."
+        )
+    return data
+
+
+def decode(data: bytes) -> LedgerRow:
+    """The row that `encode` wrote.
+
+    Raises:
+        msgspec.DecodeError: these bytes are no row.
+    """
+    return _DECODER.decode(data)
+
+
+def new_life() -> str:
+    """A name for one life of a worker: what it leases and writes is told apart from all other lives."""
+    return f"w-{secrets.token_hex(8)}"

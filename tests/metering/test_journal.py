@@ -1,0 +1,155 @@
+"""The journal: whole after any crash, bounded, and held by one living process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.metering import journal as module
+from engine.metering.journal import (
+    HEAD_BYTES,
+    Journal,
+    JournalError,
+    JournalFullError,
+    JournalHeldError,
+    left_behind,
+    pack,
+    read_only,
+    unpack,
+)
+
+RECORDS = st.lists(st.binary(max_size=60), max_size=8)
+
+
+def open_at(folder: Path, *, most_bytes: int = 100_000) -> Journal:
+    return Journal(folder / "one.journal", most_bytes=most_bytes)
+
+
+@given(RECORDS)
+def test_what_is_packed_comes_back(records: list[bytes]) -> None:
+    assert unpack(pack(records)) == (records, [])
+
+
+@given(RECORDS, st.integers(min_value=0))
+def test_a_torn_end_loses_only_records_that_are_not_whole(records: list[bytes], cut: int) -> None:
+    data = pack(records)
+    cut %= len(data) + 1
+    kept, _ = unpack(data[:cut])
+    whole = 0
+    while len(pack(records[: whole + 1])) <= cut and whole < len(records):
+        whole += 1
+    assert kept == records[:whole]
+
+
+@given(st.lists(st.binary(min_size=1, max_size=60), min_size=3, max_size=8), st.data())
+def test_a_damaged_byte_costs_one_record(records: list[bytes], data: st.DataObject) -> None:
+    victim = data.draw(st.integers(0, len(records) - 1))
+    start = len(pack(records[:victim]))
+    place = data.draw(st.integers(start, start + HEAD_BYTES + len(records[victim]) - 1))
+    raw = bytearray(pack(records))
+    raw[place] ^= 0xFF
+    kept, damage = unpack(bytes(raw))
+    assert kept == records[:victim] + records[victim + 1 :]
+    assert damage == [(start, start + HEAD_BYTES + len(records[victim]))]
+
+
+def test_records_are_there_after_opening_again(tmp_path: Path) -> None:
+    with open_at(tmp_path) as journal:
+        journal.append([b"a", b"b"])
+        journal.append([b"c"])
+        assert journal.records() == [b"a", b"b", b"c"]
+    with open_at(tmp_path) as again:
+        assert again.records() == [b"a", b"b", b"c"]
+        again.clear()
+        assert again.records() == []
+        again.append([b"d"])
+    assert read_only(tmp_path / "one.journal") == ([b"d"], 0)
+
+
+def test_an_unfinished_end_is_cut_and_the_next_record_follows(tmp_path: Path) -> None:
+    with open_at(tmp_path) as journal:
+        journal.append([b"whole"])
+    file = tmp_path / "one.journal"
+    file.write_bytes(file.read_bytes() + pack([b"unfinished"])[:-1])
+    with open_at(tmp_path) as again:
+        again.append([b"next"])
+        assert again.records() == [b"whole", b"next"]
+
+
+def test_damage_in_the_middle_keeps_the_others_and_a_copy(tmp_path: Path) -> None:
+    raw = bytearray(pack([b"first", b"second", b"third"]))
+    raw[len(pack([b"first"])) + HEAD_BYTES] ^= 1
+    (tmp_path / "one.journal").write_bytes(raw)
+    with open_at(tmp_path) as journal:
+        assert journal.records() == [b"first", b"third"]
+        journal.append([b"fourth"])
+        assert journal.records() == [b"first", b"third", b"fourth"]
+    (copy,) = tmp_path.glob("*.damaged-*")
+    assert copy.read_bytes() == bytes(raw)
+
+
+def test_a_full_journal_takes_nothing_and_says_so(tmp_path: Path) -> None:
+    with open_at(tmp_path, most_bytes=2 * (HEAD_BYTES + 4)) as journal:
+        journal.append([b"1234"])
+        with pytest.raises(JournalFullError, match="nothing is lost"):
+            journal.append([b"1234", b"1234"])
+        journal.append([b"5678"])
+        assert journal.records() == [b"1234", b"5678"]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, JournalFullError), (errno.EIO, JournalError)])
+def test_a_failing_disk_leaves_no_part_of_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Exception]
+) -> None:
+    with open_at(tmp_path) as journal:
+        journal.append([b"before"])
+
+        def half(handle: int, data: bytes) -> None:
+            os.write(handle, data[: len(data) // 2])
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "_write_all", half)
+            with pytest.raises(kind, match=os.strerror(code)):
+                journal.append([b"lost", b"too"])
+        journal.append([b"after"])
+        assert journal.records() == [b"before", b"after"]
+
+
+def test_one_process_holds_it_and_its_death_lets_go(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, time\n"
+        "from engine.metering.journal import Journal\n"
+        "journal = Journal(pathlib.Path(sys.argv[1]), most_bytes=1000)\n"
+        "journal.append([b'row'])\n"
+        "print('held', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    file = tmp_path / "one.journal"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(file)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(JournalHeldError, match="living process"):
+            Journal(file, most_bytes=1000)
+        assert list(left_behind(tmp_path, most_bytes=1000)) == []
+    finally:
+        holder.kill()
+        holder.communicate()
+    (journal,) = left_behind(tmp_path, most_bytes=1000)
+    assert journal.records() == [b"row"]
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JournalError, match="cannot be opened"):
+        Journal(tmp_path / "file" / "one.journal", most_bytes=1000)
