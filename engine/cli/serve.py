@@ -158,7 +158,8 @@ class Screen:
 
     def _welcome(self, status: Status) -> None:
         seconds = time.monotonic() - self.began
-        self.say(f"\nEvery model is warm after {seconds:.0f} s.")
+        asleep = f"; {status.asleep} sleep until they are asked for" if status.asleep else ""
+        self.say(f"\nEvery model is warm after {seconds:.0f} s{asleep}.")
         self.say(f"base URL  {status.base_url}")
         if self.key is None:
             self.say("key       one made before; `hearth keys create` makes another")
