@@ -52,6 +52,6 @@ def local_experts(
     owners = pairs.div(slots, rounding_mode="floor")
     parts = output.new_empty(len(pairs), output.shape[1])
     kernel(parts, hidden[owners], pair_weights[:, None], pair_places[:, None])
-    # A token's pairs follow each other. Of torch's ways to sum runs of rows this is by far the fastest, and it
+    # A token's pairs follow each other. Of torch's ways to sum runs of rows this is by far the fastest; it
     # sums bfloat16 in float32, as the kernel does: one rounding more per pair than there, not one per sum.
     output.copy_(embedding_bag(torch.arange(len(pairs)), parts, counts.cumsum(0) - counts, mode="sum"))
