@@ -94,7 +94,6 @@ def profile_of(choices: Sequence[Choice], context: int, batch: int) -> Profile:
             id=choice.entry.id,
             tier="standby",
             context_length=context,
-            concurrency=4,
             max_batch=batch,
             options={} if choice.weights else {"args": {"load-format": "dummy"}},
         )

@@ -260,5 +260,7 @@ def spoken(body: bytes) -> bytes:
     for line in body.split(b"\n"):
         if line.startswith(b"data: {"):
             for choice in json.loads(line[6:]).get("choices", ()):
-                words.append(choice.get("delta", {}).get("content") or "")
+                # A reasoning model's first words are in another field than its answer.
+                delta = choice.get("delta", {})
+                words += [delta.get(field) or "" for field in ("reasoning", "reasoning_content", "content")]
     return "".join(words).encode()

@@ -104,6 +104,7 @@ def test_the_words_of_a_stream_without_its_ids() -> None:
     one = b'data: {"id":"1","choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
     two = b'data: {"id":"1","choices":[{"delta":{"content":"Hi"}}]}\n\ndata: [DONE]\n\n'
     assert spoken(one + two) == b"Hi" == spoken((one + two).replace(b'"1"', b'"2"'))
+    assert spoken(two.replace(b'"content"', b'"reasoning"')) == b"Hi"
     assert spoken(b'{"data": []}') == b'{"data": []}'
     ask = gpu_check.chat_ask(subject("a").spec)
     assert ask.fault(200, one + two) == "" and ask.fault(200, one) == "the stream has no end"
@@ -153,6 +154,8 @@ def test_two_made_up_models_are_planned_on_one_gpu_in_turns(tmp_path: Path) -> N
         assert (one.spec.model_dir / "config.json").is_file()
         assert one.planned_bytes > 16 * GIB > 4 * GIB > one.planned_asleep_bytes > 0
     assert gpu_check.wanted_models(H100, HOST.memory_bytes) and gpu_check.result_name(H100) == "gpu-h100"
+    smaller = Device("cuda:0", 25_757_220_864, "NVIDIA GeForce RTX 4090", (8, 9))
+    assert len(gpu_check.gpu_subjects(config, load_catalog(), [HOST, smaller], tmp_path)) == 2
     odd = Device("cuda:0", 8 * GIB, "NVIDIA Odd (Ti) 8/GB")
     assert gpu_check.result_name(odd) == "gpu-odd-ti-8-gb"
 
