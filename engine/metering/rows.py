@@ -21,6 +21,7 @@ _LONGEST = {
     "model": 200,
     "category": 32,
     "unit": 16,
+    "status": 16,
     "worker": 64,
     "period": 16,
 }
@@ -32,7 +33,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     charge: in `unit` ("credits", or minor units of the currency that is named); never negative.
     at: Unix milliseconds. period: what the budget is counted in, for instance "2026-11".
     worker: the life of the worker that answered (`new_life`); a restarted worker has another.
-    status: the answer's HTTP status.
+    status: "answered", or "left" where the client went away after the first byte.
 
     Raises:
         ValueError: a text that no column of either database takes, or a charge out of range.
@@ -49,7 +50,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     plan_id: str | None = None
     unit: str = "credits"
-    status: int = 200
+    status: str = "answered"
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     work: dict[str, Any] | None = None
@@ -65,6 +66,9 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("a ledger row needs a request id.")
         if not 0 <= self.charge <= MOST_CHARGE:
             raise ValueError(f"a charge lies between 0 and {MOST_CHARGE}; this one is {self.charge}.")
+        for tokens in (self.prompt_tokens, self.completion_tokens):
+            if tokens is not None and not 0 <= tokens < 2**63:
+                raise ValueError(f"a number of tokens is a positive 64-bit integer; this one is {tokens}.")
 
 
 _ENCODER = msgspec.msgpack.Encoder()
