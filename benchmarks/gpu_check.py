@@ -42,8 +42,8 @@ from models.prepare import prepare
 from models.profile import Profile, ProfileModel
 
 NO_GPU = 2
-CONTEXT = 8192
-BATCH = 32
+CONTEXT = 4096
+BATCH = 16
 #: Short: with a prefix of its own in the cache, the arithmetic of a later answer could be another.
 _PROMPT = "Hi"
 _REHEARSED = ("all-minilm-l6-v2", "whisper-tiny-en")
