@@ -1,0 +1,271 @@
+"""Reconciliation: do the ledger, the local journals, the gateways' counters and the budgets agree?
+
+`gather` reads, `explain` compares (pure): each difference has a cause that is named, and is either expected
+(rows on their way) or wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from sqlalchemy import case, func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from engine.metering import schema
+from engine.metering.database import Database
+from engine.metering.journal import SUFFIX, read_only
+from engine.metering.ledger import Counters
+from engine.metering.rows import LedgerRow, decode
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Rows and the sum of their charges."""
+
+    rows: int = 0
+    charge: int = 0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(self.rows + other.rows, self.charge + other.charge)
+
+
+@dataclass(frozen=True)
+class JournalSeen:
+    """One journal file: its rows, split by whether the ledger has them already."""
+
+    worker: str
+    in_ledger: Sums
+    only_here: Sums
+    #: Bytes that are no whole record.
+    damaged: int
+    #: Rows that another life wrote, or that cannot be read.
+    strange: int = 0
+
+
+@dataclass(frozen=True)
+class BudgetSeen:
+    """A budget beside what its leases sum up to."""
+
+    subject: str
+    period: str
+    used: int
+    leased: int
+    settled_used: int
+    open_granted: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that is compared. `ledger` is by worker; `rolled_up` is whether old rows were replaced by sums."""
+
+    ledger: Mapping[str, Sums]
+    journals: Sequence[JournalSeen] = ()
+    counters: Sequence[Counters] = ()
+    budgets: Sequence[BudgetSeen] = ()
+    rolled_up: bool = False
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One difference in words; `wrong` means that nothing expected explains it."""
+
+    subject: str
+    text: str
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was counted, and every difference."""
+
+    ledger: Sums
+    waiting: Sums
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        return not any(finding.wrong for finding in self.findings)
+
+
+def explain(facts: Facts) -> Report:
+    """Compares the facts and explains each difference."""
+    findings = [finding for journal in facts.journals for finding in _of_journal(journal)]
+    waiting = {journal.worker: journal.only_here for journal in facts.journals}
+    for counters in facts.counters:
+        durable = facts.ledger.get(counters.worker, Sums()) + waiting.get(counters.worker, Sums())
+        findings += _of_counters(counters, durable, facts.rolled_up)
+    findings += [finding for budget in facts.budgets for finding in _of_budget(budget)]
+    return Report(
+        ledger=sum(facts.ledger.values(), Sums()), waiting=sum(waiting.values(), Sums()), findings=findings
+    )
+
+
+def _of_journal(journal: JournalSeen) -> Iterable[Finding]:
+    name = f"journal of {journal.worker}"
+    if journal.only_here.rows:
+        yield Finding(
+            name,
+            f"{journal.only_here.rows} answered requests (charge {journal.only_here.charge}) are on this "
+            "disk and not in the ledger yet: they were answered while the database was away and are folded "
+            "in when it is back, or when the next worker starts.",
+        )
+    if journal.in_ledger.rows:
+        yield Finding(
+            name,
+            f"{journal.in_ledger.rows} rows are in the ledger as well: the worker ended between folding them "
+            "in and emptying its journal. They count once, by their request id.",
+        )
+    if journal.damaged:
+        yield Finding(
+            name,
+            f"{journal.damaged} bytes are no whole record: one that is being written now, one that a crash "
+            "cut short before its request was answered, or damage (then a .damaged copy lies beside it).",
+        )
+    if journal.strange:
+        yield Finding(
+            name,
+            f"{journal.strange} records cannot be read as this worker's rows: another version of Hearth "
+            "wrote them, or somebody else. Keep the file.",
+            wrong=True,
+        )
+
+
+def _of_counters(counters: Counters, durable: Sums, rolled_up: bool) -> Iterable[Finding]:
+    name = f"worker {counters.worker}"
+    missing = counters.recorded - durable.rows
+    if missing > 0 and rolled_up:
+        yield Finding(
+            name,
+            f"counted {missing} more answered requests than have rows; old months were rolled up, and their "
+            "sums no longer name the worker.",
+        )
+    elif missing > 0:
+        yield Finding(
+            name,
+            f"counted {counters.recorded} answered requests, of which {missing} are neither in the ledger "
+            "nor in its journal: a request id was used twice, or rows or a journal file were removed.",
+            wrong=True,
+        )
+    elif missing < 0 and -missing <= counters.waiting:
+        yield Finding(
+            name,
+            f"{-missing} rows are durable whose requests are about to be answered ({counters.waiting} wait).",
+        )
+    elif missing < 0:
+        yield Finding(
+            name,
+            f"{-missing} rows are in the ledger that the worker did not count, more than its "
+            f"{counters.waiting} waiting ones: its counters were read before the ledger, or another process "
+            "writes in its name. Run this again on a quiet machine.",
+            wrong=True,
+        )
+    elif counters.charge != durable.charge:
+        yield Finding(
+            name,
+            f"charged {counters.charge} by its own count and {durable.charge} by its rows: a row was changed "
+            "after it was written, or a request id was used twice with different charges.",
+            wrong=True,
+        )
+
+
+def _of_budget(budget: BudgetSeen) -> Iterable[Finding]:
+    name = f"budget of {budget.subject} in {budget.period}"
+    if budget.used != budget.settled_used:
+        yield Finding(
+            name,
+            f"says {budget.used} used, but its settled leases used {budget.settled_used}: somebody changed "
+            "one of the two by hand.",
+            wrong=True,
+        )
+    if budget.leased != budget.open_granted:
+        yield Finding(
+            name,
+            f"says {budget.leased} leased, but its open leases hold {budget.open_granted}: somebody changed "
+            "one of the two by hand.",
+            wrong=True,
+        )
+    elif budget.leased:
+        yield Finding(
+            name, f"{budget.leased} units are with living workers, or with dead ones not settled yet."
+        )
+
+
+async def gather(database: Database, folder: Path, counters: Sequence[Counters] = ()) -> Facts:
+    """Reads what is compared: the journals first, so that a row on its way is seen at least once.
+
+    Raises:
+        DatabaseError: the database failed.
+        OSError: a journal cannot be read.
+    """
+    read = await asyncio.to_thread(_read_journals, folder)
+    table = schema.ledger
+    async with database.reading() as connection:
+        found = await connection.execute(
+            select(table.c.worker, func.count(), func.sum(table.c.charge)).group_by(table.c.worker)
+        )
+        ledger = {worker: Sums(int(rows), int(charge)) for worker, rows, charge in found}
+        journals = [
+            await _journal(connection, worker, records, damaged)
+            for worker, (records, damaged) in read.items()
+        ]
+        budgets = await _budgets(connection)
+        rolled_up = bool(await connection.scalar(select(func.count()).select_from(schema.rollups)))
+    return Facts(ledger, journals, counters, budgets, rolled_up)
+
+
+def _read_journals(folder: Path) -> dict[str, tuple[list[bytes], int]]:
+    return {file.name.removesuffix(SUFFIX): read_only(file) for file in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
+async def _journal(
+    connection: AsyncConnection, worker: str, records: Sequence[bytes], damaged: int
+) -> JournalSeen:
+    rows: dict[str, LedgerRow] = {}
+    strange = 0
+    for record in records:
+        try:
+            row = decode(record)
+        except msgspec.DecodeError:
+            strange += 1
+            continue
+        if row.worker == worker:
+            rows[row.request_id] = row
+        else:
+            strange += 1
+    there: set[str] = set()
+    names = sorted(rows)
+    for start in range(0, len(names), 500):
+        some = names[start : start + 500]
+        found = await connection.execute(
+            select(schema.ledger.c.request_id).where(schema.ledger.c.request_id.in_(some))
+        )
+        there |= {request_id for (request_id,) in found}
+    both = [row.charge for row in rows.values() if row.request_id in there]
+    here = [row.charge for row in rows.values() if row.request_id not in there]
+    return JournalSeen(worker, Sums(len(both), sum(both)), Sums(len(here), sum(here)), damaged, strange)
+
+
+async def _budgets(connection: AsyncConnection) -> list[BudgetSeen]:
+    budgets, leases = schema.budgets, schema.leases
+    settled = leases.c.settled_at.is_not(None)
+    found = await connection.execute(
+        select(
+            budgets.c.subject,
+            budgets.c.period,
+            budgets.c.used,
+            budgets.c.leased,
+            func.sum(case((settled, leases.c.used), else_=0)),
+            func.sum(case((settled, 0), else_=leases.c.granted)),
+        )
+        # Without leases there is nothing to compare with: roll-up removes those of old periods.
+        .join(leases, (leases.c.subject == budgets.c.subject) & (leases.c.period == budgets.c.period))
+        .group_by(budgets.c.subject, budgets.c.period, budgets.c.used, budgets.c.leased)
+    )
+    return [
+        BudgetSeen(subject, period, used, leased, int(settled_used), int(open_granted))
+        for subject, period, used, leased, settled_used, open_granted in found
+    ]
