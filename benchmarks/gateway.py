@@ -35,7 +35,8 @@ from rich.table import Table
 from benchmarks._http import Load, Responder, drive, request
 from benchmarks._measure import cpu_seconds, machine, write_result
 from engine.config import ROOT, Config, load
-from engine.metering.keys import add_key
+from engine.metering import keys
+from engine.metering.opening import opened
 from engine.routes import ModelRoute, Replica, RouteTable
 
 MODEL = "mock"
@@ -129,7 +130,7 @@ def gateway(folder: Path, runner: Path, on: set[int]) -> Iterator[tuple[tuple[st
     """A gateway process with one model in its table; its address and process id."""
     config = load(state_dir=folder)
     config.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    add_key(config.keys_file, KEY)
+    asyncio.run(_make_key(config))
     route = ModelRoute(
         id=MODEL, category="chat", state="ready", replicas=[Replica(id="mock-0", socket=str(runner))]
     )
@@ -155,6 +156,11 @@ def gateway(folder: Path, runner: Path, on: set[int]) -> Iterator[tuple[tuple[st
         process.send_signal(signal.SIGTERM)
         process.wait(30)
         config.runtime_dir.rmdir()
+
+
+async def _make_key(config: Config) -> None:
+    async with opened(config) as database:
+        await keys.create(database, key=KEY)
 
 
 def _settings(config: Config, folder: Path) -> Path:

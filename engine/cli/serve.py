@@ -19,6 +19,9 @@ from engine.cli.examples import curl_lines
 from engine.cli.profile import chosen_profile
 from engine.config import Config
 from engine.metering import keys
+from engine.metering.database import DatabaseError
+from engine.metering.lookup import AccessError
+from engine.metering.opening import opened
 from engine.scheduler.changes import Reloaded
 from engine.scheduler.plan import Entries
 from engine.scheduler.service import ReloadError, Scheduler, SchedulerError
@@ -41,12 +44,12 @@ def serve(config: Config, *, plain: bool = False, read: Callable[[], Config] | N
     _log_to_file(config)
     try:
         profile = chosen_profile(config)
-        shown_key = first_key(config)
+        shown_key = asyncio.run(first_key(config))
         scheduler = Scheduler(config, profile, load_catalog(), read=read and (lambda: _read_anew(read)))
         live = console.is_terminal and not plain
         screen = Screen(console, shown_key, live=live, given=config.api_key is not None)
         asyncio.run(run_on(scheduler, screen))
-    except (CatalogError, SchedulerError, keys.KeysError, ValueError) as error:
+    except (CatalogError, SchedulerError, AccessError, DatabaseError, ValueError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     return 0
@@ -70,22 +73,25 @@ def _log_to_file(config: Config) -> None:
     )
 
 
-def first_key(config: Config) -> str | None:
+async def first_key(config: Config) -> str | None:
     """The key to show: a new one at the first start, the configured one, else None (only a hash is kept).
 
     Raises:
-        KeysError: the keys file cannot be read.
-        ValueError: the configured key cannot be one.
+        AccessError: the configured key cannot be one or was revoked, or an old keys.json cannot be read.
+        DatabaseError: the database cannot be used.
     """
-    if config.api_key is not None:
-        given = config.api_key.get_secret_value()
-        keys.add_key(config.keys_file, given, name="HEARTH_API_KEY")
-        return given
-    if keys.read_keys(config.keys_file):
-        return None
-    made = keys.make_key()
-    keys.add_key(config.keys_file, made, name="first")
-    return made
+    async with opened(config) as database:
+        if config.api_key is not None:
+            given = config.api_key.get_secret_value()
+            _, key = await keys.create(database, key=given, name="HEARTH_API_KEY")
+            state = key.state(keys.now_ms())
+            if state != "valid":
+                raise AccessError(f"The configured api_key ({key.id}) is {state}. Take another one.")
+            return given
+        if await keys.list_keys(database):
+            return None
+        made, _ = await keys.create(database, name="first")
+        return made
 
 
 class Screen:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engine.config import Config
 from engine.errors import ApiError
 from engine.gateway.accesslog import log_request
-from engine.gateway.auth import authenticate
+from engine.gateway.auth import authenticate, check_admin, check_allowed
 from engine.gateway.body import check_json_type, json_head, read_body
 from engine.gateway.content import refuse_pictures
 from engine.gateway.control import ControlClient
@@ -38,7 +38,10 @@ from engine.gateway.upstream import Upstream
 from engine.gateway.usage import UsageReporter
 from engine.gateway.waking import Waking
 from engine.gateway.watch import RouteWatch
-from engine.metering.keys import KeyRing
+from engine.metering.database import Database, DatabaseAwayError, url_of
+from engine.metering.keyring import KeyRing
+from engine.metering.lookup import AccessError
+from engine.metering.opening import prepare
 from engine.routes import ModelRoute
 
 log = logging.getLogger("hearth.gateway")
@@ -60,7 +63,8 @@ class Gateway:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._ring = KeyRing(config.keys_file)
+        self._database = Database(url_of(config))
+        self._ring = KeyRing(self._database)
         self.directory = Directory(self._make_upstream)
         self.metrics = GatewayMetrics()
         self._watch = RouteWatch(self.directory, socket=config.control_socket, file=config.routes_file)
@@ -84,7 +88,17 @@ class Gateway:
             )
 
     async def start(self) -> None:
-        """Reads the routes and begins to follow them."""
+        """Reads keys and routes and begins to follow them.
+
+        Raises:
+            DatabaseError: the database cannot be used, now or later.
+        """
+        try:
+            await prepare(self._database, self._config)
+        except (AccessError, DatabaseAwayError) as error:
+            # Models are served by whoever has the keys; the ring goes on trying.
+            log.error("%s", error)
+        await self._ring.start()
         await self._pictures.start()
         await self._control.start()
         await self._usage.start()
@@ -97,6 +111,8 @@ class Gateway:
         await self._control.close()
         await self._pictures.close()
         await self.directory.close()
+        await self._ring.close()
+        await self._database.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -163,8 +179,14 @@ class Gateway:
         endpoint = ENDPOINTS.get(path)
         if endpoint is not None:
             exchange.endpoint = path
-        if self._config.auth and path.startswith("/v1/"):
-            exchange.key_id = authenticate(self._ring, exchange.headers.get(b"authorization")).id
+        admin = path.startswith("/admin/")
+        if admin or (self._config.auth and path.startswith("/v1/")):
+            client = exchange.scope.get("client")
+            given = exchange.headers.get(b"authorization")
+            caller = authenticate(self._ring, given, client[0] if client else None)
+            exchange.caller, exchange.key_id = caller, caller.key.id
+            if admin:
+                check_admin(caller)
         if endpoint is None:
             await self._pages(exchange.scope, receive, send)
             exchange.endpoint = _page_name(exchange)
@@ -183,6 +205,8 @@ class Gateway:
         head = multipart_head(body, content_type) if as_form else json_head(body)
         served = self.directory.find(head.model)
         exchange.model = served.route.id
+        if exchange.caller is not None:
+            check_allowed(exchange.caller, served.route)
         check_category(endpoint, served.route)
         pictures = None
         if not as_form:

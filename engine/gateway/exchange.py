@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from engine.errors import ApiError
+from engine.metering.keyring import Caller
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -32,6 +33,7 @@ class Exchange:
         "_send",
         "bytes_in",
         "bytes_out",
+        "caller",
         "complete",
         "endpoint",
         "first_byte_s",
@@ -62,6 +64,8 @@ class Exchange:
         self.endpoint = "other"
         self.model = ""
         self.key_id = "-"
+        #: Whose key it came with; None where none is asked for.
+        self.caller: Caller | None = None
         self.status = 0
         self.bytes_in = 0
         self.bytes_out = 0

@@ -1,4 +1,4 @@
-"""API keys: made once, shown once, kept as SHA-256 digests in one JSON file (mode 0600).
+"""API keys: made once, shown once, kept as SHA-256 digests with what they allow.
 
 A key has 256 random bits, so a plain digest is enough: there is no dictionary to try.
 """
@@ -6,41 +6,65 @@ A key has 256 random bits, so a plain digest is enough: there is no dictionary t
 from __future__ import annotations
 
 import hashlib
-import hmac
-import json
-import logging
-import os
+import ipaddress
 import secrets
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from typing import Any, Literal
 
-from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from sqlalchemy import RowMapping, and_, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-log = logging.getLogger("hearth.keys")
+from engine.metering.changes import ACCESS, bump
+from engine.metering.database import Database
+from engine.metering.lookup import AccessError, ConflictError, NotFoundError, checked_name, find_id, hint
+from engine.metering.schema import keys, plans, tenants
+from engine.runners.spec import Category
 
 #: A key shorter than this is shown by no prefix: too much of it would be seen.
 _PREFIX_FROM = 24
+#: The latest moment that a time may name: the year 9999.
+_LAST_MS = 253_402_300_799_000
+
+
+class Allowed(BaseModel):
+    """What a key may be used for; an empty list allows all."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    models: tuple[str, ...] = Field(default=(), description="Models, by name.")
+    categories: tuple[Category, ...] = Field(default=(), description="Categories of models.")
+    addresses: tuple[str, ...] = Field(
+        default=(), description="Callers' addresses or networks, for instance 10.0.0.0/8."
+    )
+
+    @field_validator("addresses")
+    @classmethod
+    def _networks(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(ipaddress.ip_network(each.strip(), strict=False)) for each in given)
 
 
 class Key(BaseModel):
-    """What is kept of one key; the key itself is not."""
+    """What is kept of one key; the key itself is not. Times are unix milliseconds."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     id: str
-    prefix: str = Field(default="", description="The key's first characters, for a person to tell it by.")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    created: int = Field(default=0, description="Unix time.")
-    name: str = ""
+    tenant_id: str
+    plan_id: str | None = Field(default=None, description="A plan of its own; None = its tenant's.")
+    name: str
+    prefix: str = Field(description="The key's first characters, for a person to tell it by.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    created_at: int
+    expires_at: int | None = None
+    revoked_at: int | None = None
+    admin: bool = Field(default=False, description="May use /admin/v1.")
+    allowed: Allowed = Allowed()
 
-
-_KEYS = TypeAdapter(list[Key])
-
-
-class KeysError(Exception):
-    """The keys file cannot be used; the message says why."""
+    def state(self, now_ms: int) -> Literal["valid", "expired", "revoked"]:
+        if self.revoked_at is not None:
+            return "revoked"
+        if self.expires_at is not None and now_ms >= self.expires_at:
+            return "expired"
+        return "valid"
 
 
 def make_key() -> str:
@@ -49,115 +73,209 @@ def make_key() -> str:
 
 
 def digest_of(key: str) -> str:
-    """The hexadecimal SHA-256 that stands for a key in the file."""
+    """The hexadecimal SHA-256 that stands for a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def read_keys(file: Path) -> list[Key]:
-    """The keys of a file; none where there is no file.
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+def read_allowed(data: Any) -> Allowed:
+    """What a key allows, from what a person wrote.
 
     Raises:
-        KeysError: the file cannot be read or is not a list of keys.
+        AccessError: a category is unknown, or an address is none.
     """
     try:
-        return _KEYS.validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise KeysError(f"{file} cannot be read: {error.strerror}.") from error
+        return Allowed.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise KeysError(
-            f"{file} is no list of keys ({where}: {first['msg']}). Restore it, or delete it to start anew."
-        ) from error
+        where = ".".join(str(part) for part in first["loc"])
+        raise AccessError(f"{where}: {first['msg']} (got {first.get('input')!r}).") from error
 
 
-def add_key(file: Path, key: str, *, name: str = "") -> Key:
-    """Adds a key to the file, which is made where missing; a key that is there already stays as it is.
+async def create(
+    database: Database,
+    *,
+    name: str = "default",
+    tenant: str = "default",
+    plan: str | None = None,
+    expires_at: int | None = None,
+    admin: bool = False,
+    allowed: Allowed | None = None,
+    key: str | None = None,
+) -> tuple[str, Key]:
+    """Makes a key for a tenant: the key, to be shown this once, and what is kept of it.
+
+    Args:
+        database: where.
+        name: what it is for.
+        tenant: id or name.
+        plan: id or name of a plan of its own; None = its tenant's.
+        expires_at: unix milliseconds.
+        admin: whether it may use the admin API.
+        allowed: models, categories and addresses.
+        key: a key that a person brings; one that is there already stays as it is.
 
     Raises:
-        ValueError: the key is empty or has spaces or characters that no HTTP header can carry.
-        KeysError: the file that is there cannot be read.
+        AccessError: no such tenant or plan, the tenant is closed, the time is past, the name or key cannot be
+            one.
+        DatabaseError: the database fails.
     """
-    if not key or not all("!" <= character <= "~" for character in key):
-        raise ValueError("a key is made of printable ASCII characters without spaces, at least one.")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock", mode=0o600):
-        keys = read_keys(file)
-        digest = digest_of(key)
-        for known in keys:
-            if hmac.compare_digest(known.sha256, digest):
-                return known
-        added = Key(
+    text = make_key() if key is None else _checked(key)
+    name = checked_name(name)
+    at = now_ms()
+    if expires_at is not None and not at < expires_at <= _LAST_MS:
+        raise AccessError("The key would have expired already: give a time that is yet to come.")
+    async with database.writing() as connection:
+        await bump(connection, ACCESS)
+        known = await _by_digest(connection, digest_of(text))
+        if known is not None:
+            return text, known
+        tenant_id = await _open_tenant(connection, tenant)
+        plan_id = None if plan is None else await find_id(connection, plans, plan)
+        made = Key(
             id=f"key_{secrets.token_hex(6)}",
-            prefix=key[:11] if len(key) >= _PREFIX_FROM else "",
-            sha256=digest,
-            created=int(time.time()),
+            tenant_id=tenant_id,
+            plan_id=plan_id,
             name=name,
+            prefix=text[:11] if len(text) >= _PREFIX_FROM else "",
+            sha256=digest_of(text),
+            created_at=at,
+            expires_at=expires_at,
+            admin=admin,
+            allowed=allowed or Allowed(),
         )
-        _write(file, [*keys, added])
-    return added
+        await add(connection, made)
+    return text, made
 
 
-def _write(file: Path, keys: list[Key]) -> None:
-    """Replaces the file in one step: a reader sees the old list or the new one."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w") as stream:
-            json.dump([key.model_dump() for key in keys], stream, indent=2)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).replace(file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+async def add(connection: AsyncConnection, key: Key) -> None:
+    """Writes a key's row, in a transaction that has counted its change."""
+    await connection.execute(insert(keys).values(**key.model_dump(mode="json")))
 
 
-class KeyRing:
-    """The keys of a file, read again when the file changes (looked at once a second at most)."""
+async def list_keys(database: Database, *, tenant: str | None = None) -> list[Key]:
+    """All keys, oldest first, also revoked and expired ones; of one tenant (id or name) where given.
 
-    def __init__(
-        self, file: Path, *, clock: Callable[[], float] = time.monotonic, every_s: float = 1.0
-    ) -> None:
-        self._file = file
-        self._clock = clock
-        self._every_s = every_s
-        self._looked_at = float("-inf")
-        self._stamp: tuple[int, int, int] | None = None
-        self._keys: dict[str, Key] = {}
+    Raises:
+        AccessError: no such tenant.
+        DatabaseError: the database fails.
+    """
+    async with database.reading() as connection:
+        wanted = select(keys).order_by(keys.c.created_at, keys.c.id)
+        if tenant is not None:
+            wanted = wanted.where(keys.c.tenant_id == await find_id(connection, tenants, tenant))
+        return [_key(row) for row in (await connection.execute(wanted)).mappings()]
 
-    def find(self, token: str) -> Key | None:
-        """The entry of a key, or None.
 
-        The look-up is by the digest, whose bytes a caller cannot steer; the hit is then compared in
-        constant time.
-        """
-        self._refresh()
-        digest = digest_of(token)
-        key = self._keys.get(digest)
-        return key if key is not None and hmac.compare_digest(key.sha256, digest) else None
+async def find(database: Database, named: str) -> Key:
+    """A key by its id, its name, its first 11 characters, or itself.
 
-    def __len__(self) -> int:
-        self._refresh()
-        return len(self._keys)
+    Raises:
+        AccessError: there is none, or several.
+        DatabaseError: the database fails.
+    """
+    async with database.reading() as connection:
+        return await _find(connection, named)
 
-    def _refresh(self) -> None:
-        now = self._clock()
-        if now - self._looked_at < self._every_s:
-            return
-        self._looked_at = now
-        try:
-            status = self._file.stat()
-            stamp: tuple[int, int, int] | None = (status.st_mtime_ns, status.st_size, status.st_ino)
-        except OSError:
-            stamp = None
-        if stamp == self._stamp:
-            return
-        try:
-            self._keys = {key.sha256: key for key in read_keys(self._file)}
-        except KeysError as error:
-            # A file broken by hand must not lock everybody out: the keys read last stay good.
-            log.error("%s The keys read before stay in use.", error)
-        self._stamp = stamp
+
+async def rotate(database: Database, named: str, *, keep_ms: int = 0) -> tuple[str, Key, Key]:
+    """A new key in place of an old one, with the same terms; the old one is good for `keep_ms` more.
+
+    Returns the new key to be shown this once, what is kept of it, and the old one as it is now.
+
+    Raises:
+        AccessError: there is no such key, it is revoked or expired, or `keep_ms` is negative.
+        DatabaseError: the database fails.
+    """
+    if keep_ms < 0:
+        raise AccessError("The old key cannot end in the past: give 0 or more.")
+    text = make_key()
+    at = now_ms()
+    async with database.writing() as connection:
+        await bump(connection, ACCESS)
+        old = await _find(connection, named)
+        if old.state(at) != "valid":
+            raise ConflictError(f"{old.id} is {old.state(at)}: only a valid key is rotated. Make a new one.")
+        ends = min(at + keep_ms, _LAST_MS, old.expires_at or _LAST_MS)
+        new = old.model_copy(
+            update={
+                "id": f"key_{secrets.token_hex(6)}",
+                "prefix": text[:11],
+                "sha256": digest_of(text),
+                "created_at": at,
+            }
+        )
+        ended = {"expires_at": ends} if keep_ms else {"revoked_at": at}
+        await connection.execute(update(keys).where(keys.c.id == old.id).values(**ended))
+        await add(connection, new)
+    return text, new, old.model_copy(update=ended)
+
+
+async def revoke(database: Database, named: str) -> Key:
+    """Ends a key for good, within a second on every gateway; one that is revoked already stays so.
+
+    Raises:
+        AccessError: there is none of that id or name, or several.
+        DatabaseError: the database fails.
+    """
+    async with database.writing() as connection:
+        await bump(connection, ACCESS)
+        key = await _find(connection, named)
+        if key.revoked_at is not None:
+            return key
+        at = now_ms()
+        await connection.execute(update(keys).where(keys.c.id == key.id).values(revoked_at=at))
+    return key.model_copy(update={"revoked_at": at})
+
+
+async def _open_tenant(connection: AsyncConnection, named: str) -> str:
+    id = await find_id(connection, tenants, named)
+    closed = (await connection.execute(select(tenants.c.closed_at).where(tenants.c.id == id))).scalar()
+    if closed is not None:
+        raise ConflictError(f"The tenant '{named}' is closed. Open it again (`hearth tenants open {named}`).")
+    return id
+
+
+async def _find(connection: AsyncConnection, named: str) -> Key:
+    digest = digest_of(named)
+    wanted = select(keys).where(
+        or_(
+            keys.c.id == named,
+            keys.c.name == named,
+            keys.c.sha256 == digest,
+            and_(keys.c.prefix == named, keys.c.prefix != ""),
+        )
+    )
+    found = [_key(row) for row in (await connection.execute(wanted)).mappings()]
+    chosen = [key for key in found if key.id == named or key.sha256 == digest] or found
+    at = now_ms()
+    if len(chosen) > 1:
+        # A rotated key has its successor's name.
+        chosen = [key for key in chosen if key.state(at) == "valid"] or chosen
+    if len(chosen) == 1:
+        return chosen[0]
+    if chosen:
+        rows = ", ".join(f"{key.id} ({key.prefix}…, {key.state(at)})" for key in chosen)
+        raise ConflictError(f"{len(chosen)} keys are called '{named}': {rows}. Name one by its id.")
+    known = (await connection.execute(select(keys.c.name).limit(1000))).scalars().all()
+    # What was given may be a key: it is not repeated.
+    shown = named if len(named) < _PREFIX_FROM else f"{named[:11]}…"
+    raise NotFoundError(f"There is no key '{shown}'. {hint(shown, known, 'keys')}")
+
+
+async def _by_digest(connection: AsyncConnection, digest: str) -> Key | None:
+    row = (await connection.execute(select(keys).where(keys.c.sha256 == digest))).mappings().first()
+    return None if row is None else _key(row)
+
+
+def _key(row: RowMapping) -> Key:
+    return Key.model_validate(dict(row))
+
+
+def _checked(key: str) -> str:
+    if not key or not all("!" <= character <= "~" for character in key):
+        raise AccessError("A key is made of printable ASCII characters without spaces, at least one.")
+    return key

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from engine.metering.lookup import AccessError
 from engine.runners.spec import Category
 
 #: Highest price of one request: nine thousand million of them still add up within 64 bits.
@@ -22,7 +23,7 @@ Price = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Count = Annotated[int, Field(ge=1, le=MOST_COUNT, strict=True)]
 
 
-class PlanError(Exception):
+class PlanError(AccessError):
     """A plan cannot be as it is written; the message names the field, the reason and the next step."""
 
 

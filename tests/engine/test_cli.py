@@ -15,7 +15,9 @@ from engine.cli.app import app
 from engine.cli.examples import curl_lines
 from engine.cli.serve import Screen, first_key
 from engine.config import Config
-from engine.metering.keys import digest_of, read_keys
+from engine.metering.keys import digest_of, list_keys, revoke
+from engine.metering.lookup import AccessError
+from engine.metering.opening import opened
 from engine.scheduler.status import ModelStatus, ProgressStatus, SchedulerStatus, Status
 
 
@@ -100,20 +102,25 @@ def test_a_bad_configuration_ends_with_a_sentence(tmp_path: Path) -> None:
 def test_keys_are_shown_once_and_kept_hashed(tmp_path: Path) -> None:
     code, text = run("keys", "create", "for a test", "--state-dir", str(tmp_path))
     key = text.strip()
-    file = tmp_path / "keys.json"
     assert code == 0 and key.startswith("hearth-")
-    assert key not in file.read_text() and read_keys(file)[0].sha256 == digest_of(key)
+    files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert digest_of(key).encode() in files["hearth.db"]
+    assert not any(key.encode() in content for content in files.values())
     code, text = run("keys", "list", "--state-dir", str(tmp_path))
     assert "for a test" in text and key not in text
 
 
-def test_the_first_key(tmp_path: Path) -> None:
+async def test_the_first_key(tmp_path: Path) -> None:
     config = Config(state_dir=tmp_path)
-    key = first_key(config)
-    assert key is not None and first_key(config) is None
+    key = await first_key(config)
+    assert key is not None and await first_key(config) is None
     given = Config(state_dir=tmp_path, api_key="my-own-key")
-    assert first_key(given) == "my-own-key" == first_key(given)
-    assert len(read_keys(config.keys_file)) == 2
+    assert await first_key(given) == "my-own-key" == await first_key(given)
+    async with opened(config) as database:
+        assert len(await list_keys(database)) == 2
+        await revoke(database, "my-own-key")
+    with pytest.raises(AccessError, match="is revoked"):
+        await first_key(given)
 
 
 @pytest.mark.parametrize(

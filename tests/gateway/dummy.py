@@ -20,7 +20,8 @@ from openai import AsyncOpenAI
 from engine.config import Config
 from engine.gateway.app import Gateway
 from engine.gateway.server import make_server
-from engine.metering.keys import add_key
+from engine.metering import keys
+from engine.metering.opening import opened
 from engine.routes import ModelRoute, Replica, RouteTable
 
 KEY = "hearth-test-key-0123456789abcdef"
@@ -237,7 +238,8 @@ class House:
 async def open_house(state_dir: Path, *routes: ModelRoute, **settings: Any) -> AsyncIterator[House]:
     """A gateway on a free port; nothing of it is left afterwards."""
     config = Config(state_dir=state_dir, **settings)
-    add_key(config.keys_file, KEY)
+    async with opened(config) as database:
+        await keys.create(database, key=KEY)
     gateway = Gateway(config)
     server = make_server(config, gateway)
     listener = socket.create_server(("127.0.0.1", 0))

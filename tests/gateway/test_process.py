@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from engine.config import ROOT, Config
-from engine.metering.keys import add_key
+from engine.metering.keys import digest_of
 from engine.routes import RouteTable
 from tests.gateway.dummy import KEY, DummyRunner, route
 
@@ -25,7 +25,8 @@ HEADERS = {"authorization": f"Bearer {KEY}"}
 
 def settings(folder: Path, runner: DummyRunner, workers: int = 1) -> Path:
     config = Config.model_validate({"state_dir": folder, "gateway": {"workers": workers, "drain_s": 5}})
-    add_key(config.keys_file, KEY)
+    # As Hearth kept keys before it had a database: taken in when the gateway starts.
+    config.keys_file.write_text(json.dumps([{"id": "key_1", "sha256": digest_of(KEY)}]))
     config.routes_file.write_text(RouteTable(version=1, models=[route("dummy", runner)]).model_dump_json())
     file = folder / "gateway.json"
     file.write_text(json.dumps({"config": config.model_dump(mode="json", exclude={"api_key"})}))

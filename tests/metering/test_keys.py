@@ -1,103 +1,199 @@
-"""Keys: kept as digests, found again, never lost by a write or a broken file."""
+"""Keys: kept as digests, found again, ended for good; on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import stat
-import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from engine.metering.keys import KeyRing, KeysError, add_key, digest_of, make_key, read_keys
+from engine.metering import keys, tenants
+from engine.metering.database import Database
+from engine.metering.keys import Allowed, digest_of, make_key, now_ms, read_allowed
+from engine.metering.lookup import AccessError, ConflictError, NotFoundError
+from engine.metering.migrations import migrate
+from engine.metering.opening import import_file
+
+
+@pytest.fixture
+async def store(url: str) -> AsyncIterator[Database]:
+    """A database as it is at the first start."""
+    made = Database(url)
+    await migrate(made)
+    yield made
+    await made.close()
 
 
 def test_made_keys_differ_and_are_long() -> None:
-    keys = {make_key() for _ in range(100)}
-    assert len(keys) == 100
-    assert all(key.startswith("hearth-") and len(key) == 50 for key in keys)
+    made = {make_key() for _ in range(100)}
+    assert len(made) == 100
+    assert all(key.startswith("hearth-") and len(key) == 50 for key in made)
 
 
-def test_a_file_holds_no_key_and_is_its_owners_alone(tmp_path: Path) -> None:
-    file = tmp_path / "deep" / "keys.json"
-    key = make_key()
-    added = add_key(file, key, name="first")
-    text = file.read_text()
-    assert key not in text and digest_of(key) in text
-    assert added.prefix == key[:11] and added.name == "first"
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert set(json.loads(text)[0]) == {"id", "prefix", "sha256", "created", "name"}
+async def test_a_key_is_kept_by_its_digest_and_found_by_all_its_names(store: Database) -> None:
+    text, made = await keys.create(store, name="for a test", allowed=Allowed(categories=("chat",)))
+    assert made.sha256 == digest_of(text) and made.prefix == text[:11] and made.tenant_id == "default"
+    for named in (made.id, "for a test", made.prefix, text):
+        assert await keys.find(store, named) == made
+    assert await keys.list_keys(store) == [made]
+    with pytest.raises(NotFoundError, match="Did you mean 'for a test'"):
+        await keys.find(store, "for a tset")
+    stranger = make_key()
+    with pytest.raises(NotFoundError) as caught:
+        await keys.find(store, stranger)
+    assert stranger not in str(caught.value)
 
 
-def test_a_short_key_shows_no_prefix(tmp_path: Path) -> None:
-    assert add_key(tmp_path / "keys.json", "short").prefix == ""
+async def test_a_short_key_shows_no_prefix_and_is_not_found_by_none(store: Database) -> None:
+    _, made = await keys.create(store, key="short")
+    assert made.prefix == ""
+    with pytest.raises(NotFoundError):
+        await keys.find(store, "")
 
 
-def test_adding_a_key_again_changes_nothing(tmp_path: Path) -> None:
-    file = tmp_path / "keys.json"
-    first = add_key(file, "same-key")
-    assert add_key(file, "same-key") == first
-    assert len(read_keys(file)) == 1
+async def test_adding_a_key_again_changes_nothing(store: Database) -> None:
+    _, first = await keys.create(store, key="same-key", name="first")
+    _, again = await keys.create(store, key="same-key", name="another")
+    assert again == first and await keys.list_keys(store) == [first]
 
 
 @pytest.mark.parametrize("bad", ["", "has space", "new\nline", "ümlaut"])
-def test_a_key_that_no_header_can_carry_is_refused(tmp_path: Path, bad: str) -> None:
-    with pytest.raises(ValueError, match="printable ASCII"):
-        add_key(tmp_path / "keys.json", bad)
+async def test_a_key_that_no_header_can_carry_is_refused(store: Database, bad: str) -> None:
+    with pytest.raises(AccessError, match="printable ASCII"):
+        await keys.create(store, key=bad)
+    assert await keys.list_keys(store) == []
 
 
-def test_keys_added_at_once_are_all_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("expires", [0, -5, 10**18])
+async def test_a_key_that_would_end_at_once_or_at_no_time_is_refused(store: Database, expires: int) -> None:
+    with pytest.raises(AccessError, match="yet to come"):
+        await keys.create(store, expires_at=expires)
+
+
+async def test_keys_made_at_once_are_all_kept(store: Database) -> None:
+    made = await asyncio.gather(*(keys.create(store, name=f"n{i}") for i in range(8)))
+    assert {key.sha256 for key in await keys.list_keys(store)} == {digest_of(text) for text, _ in made}
+
+
+async def test_revoking_is_for_good_and_twice_is_once(store: Database) -> None:
+    text, made = await keys.create(store)
+    ended = await keys.revoke(store, made.id)
+    assert ended.state(now_ms()) == "revoked"
+    assert await keys.revoke(store, made.id) == ended
+    _, again = await keys.create(store, key=text)
+    assert again == ended, "giving it anew must not bring it back"
+
+
+async def test_rotating_keeps_the_terms_and_ends_the_old_key(store: Database) -> None:
+    ends = now_ms() + 10**9
+    allowed = Allowed(models=("a",), addresses=("10.0.0.0/8",))
+    _, first = await keys.create(store, name="app", admin=True, expires_at=ends, allowed=allowed)
+    text, second, old = await keys.rotate(store, "app", keep_ms=60_000)
+    assert (second.name, second.admin, second.expires_at, second.allowed) == ("app", True, ends, allowed)
+    assert second.sha256 == digest_of(text) != first.sha256
+    assert old.state(now_ms()) == "valid" and old.state(now_ms() + 60_000) == "expired"
+    with pytest.raises(ConflictError, match="2 keys are called 'app'"):
+        await keys.rotate(store, "app")
+    _, third, gone = await keys.rotate(store, second.id)
+    assert gone.state(now_ms()) == "revoked" and third.state(now_ms()) == "valid"
+    with pytest.raises(ConflictError, match="is revoked: only a valid key is rotated"):
+        await keys.rotate(store, second.id)
+    with pytest.raises(AccessError, match="in the past"):
+        await keys.rotate(store, third.id, keep_ms=-1)
+
+
+async def test_rotating_never_lengthens_a_keys_life(store: Database) -> None:
+    ends = now_ms() + 5_000
+    _, first = await keys.create(store, expires_at=ends)
+    _, second, old = await keys.rotate(store, first.id, keep_ms=10**9)
+    assert old.expires_at == second.expires_at == ends
+
+
+async def test_a_key_needs_an_open_tenant_and_a_plan_that_is_there(store: Database) -> None:
+    with pytest.raises(NotFoundError, match="no tenant 'acme'"):
+        await keys.create(store, tenant="acme")
+    acme = await tenants.create(store, "acme")
+    _, key = await keys.create(store, tenant="acme")
+    assert key.tenant_id == acme.id
+    assert await keys.list_keys(store, tenant="acme") == [key]
+    assert await keys.list_keys(store, tenant="default") == []
+    with pytest.raises(NotFoundError, match="no plan 'gold'"):
+        await keys.create(store, plan="gold")
+    await tenants.close(store, "acme")
+    with pytest.raises(ConflictError, match="closed"):
+        await keys.create(store, tenant="acme")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"addresses": ["300.1.1.1"]}, "addresses.*300.1.1.1"),
+        ({"categories": ["pictures"]}, "categories"),
+        ({"colours": ["red"]}, "colours"),
+    ],
+)
+def test_what_a_key_allows_is_checked(given: dict[str, list[str]], told: str) -> None:
+    with pytest.raises(AccessError, match=told):
+        read_allowed(given)
+
+
+def old_file(folder: Path, *texts: str) -> Path:
+    file = folder / "keys.json"
+    rows = [
+        {
+            "id": f"key_{i}",
+            "prefix": "hearth-",
+            "sha256": digest_of(text),
+            "created": 1_700_000_000,
+            "name": "old",
+        }
+        for i, text in enumerate(texts)
+    ]
+    file.write_text(json.dumps(rows))
+    return file
+
+
+async def test_an_old_keys_file_is_taken_in_once_and_kept(
+    store: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    file = old_file(tmp_path, "one", "two")
+    before = file.read_bytes()
+    assert await import_file(store, file) == 2
+    assert "took in 2 keys" in caplog.text
+    assert await import_file(store, file) == 0
+    one, two = await keys.list_keys(store)
+    assert (one.id, one.name, one.created_at) == ("key_0", "old", 1_700_000_000_000)
+    assert file.read_bytes() == before
+    await keys.revoke(store, two.id)
+    assert await import_file(store, file) == 0
+    assert (await keys.find(store, two.id)).state(now_ms()) == "revoked"
+
+
+async def test_an_old_keys_file_is_taken_in_by_several_at_once(store: Database, tmp_path: Path) -> None:
+    file = old_file(tmp_path, "one", "two")
+    taken = await asyncio.gather(*(import_file(store, file) for _ in range(4)))
+    assert sum(taken) == 2 and len(await keys.list_keys(store)) == 2
+
+
+async def test_a_broken_keys_file_is_an_error_and_changes_nothing(store: Database, tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
-    threads = [threading.Thread(target=add_key, args=(file, f"key-{i}")) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert {key.sha256 for key in read_keys(file)} == {digest_of(f"key-{i}") for i in range(8)}
-    assert not list(tmp_path.glob(".keys.json.*"))
-
-
-def test_no_file_is_no_keys_and_a_broken_one_is_an_error(tmp_path: Path) -> None:
-    file = tmp_path / "keys.json"
-    assert read_keys(file) == []
+    assert await import_file(store, file) == 0
     file.write_text("{}")
-    with pytest.raises(KeysError, match=r"keys\.json is no list of keys"):
-        read_keys(file)
-    with pytest.raises(KeysError):
-        add_key(file, "another")
-    assert file.read_text() == "{}"
+    with pytest.raises(AccessError, match=r"keys\.json is no list of keys"):
+        await import_file(store, file)
+    assert file.read_text() == "{}" and await keys.list_keys(store) == []
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
+async def test_no_file_holds_a_key(tmp_path: Path) -> None:
+    from engine.config import Config
+    from engine.metering.opening import opened
 
-    def __call__(self) -> float:
-        return self.now
-
-
-def test_a_ring_reads_the_file_again_a_second_later(tmp_path: Path) -> None:
-    file = tmp_path / "keys.json"
-    clock = Clock()
-    ring = KeyRing(file, clock=clock)
-    assert ring.find("one") is None
-    one = add_key(file, "one")
-    assert ring.find("one") is None
-    clock.now = 1.0
-    assert ring.find("one") == one
-    assert ring.find("on") is None and ring.find("") is None and ring.find(one.sha256) is None
-    file.unlink()
-    clock.now = 2.0
-    assert ring.find("one") is None and len(ring) == 0
-
-
-def test_a_ring_keeps_its_keys_when_the_file_breaks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = tmp_path / "keys.json"
-    clock = Clock()
-    one = add_key(file, "one")
-    ring = KeyRing(file, clock=clock)
-    assert ring.find("one") == one
-    file.write_text("[{]")
-    clock.now = 1.0
-    assert ring.find("one") == one
-    assert "stay in use" in caplog.text
+    async with opened(Config(state_dir=tmp_path / "deep")) as store:
+        text, _ = await keys.create(store)
+        files = [file for file in (tmp_path / "deep").iterdir() if file.is_file()]
+        assert {file.name for file in files} >= {"hearth.db", "hearth.db-wal"}
+        assert not any(text.encode() in file.read_bytes() for file in files)
+        assert all(file.stat().st_mode & 0o077 == 0 for file in files)

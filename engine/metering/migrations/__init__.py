@@ -7,12 +7,14 @@ A fresh database gets the tables of `engine.metering.schema` at once; an older o
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, insert, inspect, text
 
+from engine.metering.changes import ACCESS
 from engine.metering.database import Database, DatabaseError, make_folder
-from engine.metering.schema import metadata
+from engine.metering.schema import changes, metadata, tenants
 
 #: From the first to the newest. Alembic itself (0.15 s to import) is asked only where there is work for it.
 REVISIONS = ("0001",)
@@ -64,8 +66,16 @@ def _upgrade(connection: Connection, name: str) -> None:
         connection.execute(
             text(f"INSERT INTO {_TABLE} (version_num) VALUES (:revision)"), {"revision": REVISIONS[-1]}
         )
+        _seed(connection)
         return
     upgrade_through(connection)
+
+
+def _seed(connection: Connection) -> None:
+    """What is there from the first day: whose keys those are that nobody gave a tenant."""
+    at = int(time.time() * 1000)
+    connection.execute(insert(tenants).values(id="default", name="default", created_at=at))
+    connection.execute(insert(changes).values(name=ACCESS, version=1))
 
 
 def upgrade_through(connection: Connection, revision: str = "head") -> None:

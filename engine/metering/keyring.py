@@ -1,0 +1,186 @@
+"""The keys that a gateway worker holds in memory, with their tenants and plans.
+
+Nothing here is asked of the database while a request waits: a task reads everything again when the `changes`
+counter has moved, looked at twice a second, so that a revoked key is refused within a second everywhere.
+While the database is away the keys read last stay good.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from typing import Literal
+
+from pydantic import ValidationError
+from sqlalchemy import select
+
+from engine.metering import schema
+from engine.metering.changes import ACCESS, version_of
+from engine.metering.database import Database, DatabaseError
+from engine.metering.keys import Key, digest_of
+from engine.metering.plans import Plan
+from engine.metering.tenants import Tenant
+
+log = logging.getLogger("hearth.keys")
+
+#: Time between two looks at the counter; with the reading it stays within the second that is promised.
+EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose key it is and under which terms."""
+
+    key: Key
+    tenant: Tenant
+    plan: Plan | None
+    networks: tuple[IPv4Network | IPv6Network, ...] = ()
+
+    @property
+    def subject(self) -> str:
+        """Whose requests count together under the plan: the key's id, or its tenant's."""
+        by_tenant = self.plan is not None and self.plan.spec.counts == "tenant"
+        return self.tenant.id if by_tenant else self.key.id
+
+    @property
+    def weight(self) -> int:
+        """The key's share of a busy model, against that of others."""
+        return 1 if self.plan is None else self.plan.spec.weight
+
+    def state(self, now_ms: int) -> Literal["valid", "expired", "revoked", "closed"]:
+        """Whether requests are taken; 'closed': its tenant is."""
+        state = self.key.state(now_ms)
+        return "closed" if state == "valid" and self.tenant.closed_at is not None else state
+
+    def may_call_from(self, address: str | None) -> bool:
+        """Whether the key allows this address of a caller (None where it has none: a Unix socket)."""
+        if not self.networks:
+            return True
+        try:
+            found = ip_address(address or "")
+        except ValueError:
+            return False
+        mapped = getattr(found, "ipv4_mapped", None)
+        return any((mapped or found) in network for network in self.networks)
+
+    def may_use(self, model: str, category: str) -> bool:
+        """Whether the key allows this model (by its own name) of this category."""
+        allowed = self.key.allowed
+        by_model = not allowed.models or model in allowed.models
+        return by_model and (not allowed.categories or category in allowed.categories)
+
+
+class KeyRing:
+    """Finds callers by their keys; `start` begins to follow the database."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        every_s: float = EVERY_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._every_s = every_s
+        self._clock = clock
+        self._version = -1
+        self._callers: dict[str, Caller] = {}
+        self._by_id: dict[str, Caller] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._away = False
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the keys have been read once: before that nobody can be told known from unknown."""
+        return self._version >= 0
+
+    def __len__(self) -> int:
+        return len(self._callers)
+
+    def find(self, token: str) -> Caller | None:
+        """Whose key it is, or None; also of a key that is no longer valid (`Caller.state`).
+
+        The look-up is by the digest, whose bytes a caller cannot steer; the hit is then compared in
+        constant time.
+        """
+        digest = digest_of(token)
+        caller = self._callers.get(digest)
+        return caller if caller is not None and hmac.compare_digest(caller.key.sha256, digest) else None
+
+    def by_id(self, key_id: str) -> Caller | None:
+        """Whose key has this id."""
+        return self._by_id.get(key_id)
+
+    def now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+    async def start(self) -> None:
+        """Reads the keys and begins to follow changes; a database that is away is tried again."""
+        await self._try()
+        self._task = asyncio.create_task(self._follow())
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def refresh(self) -> None:
+        """Reads everything again if anything was changed.
+
+        Raises:
+            DatabaseError: the database fails; what was read before stays.
+        """
+        async with self._database.reading() as connection:
+            version = await version_of(connection, ACCESS)
+            if version == self._version:
+                return
+            plans = {
+                row["id"]: Plan.model_validate(dict(row))
+                for row in (await connection.execute(select(schema.plans))).mappings()
+            }
+            tenants = {
+                row["id"]: Tenant.model_validate(dict(row))
+                for row in (await connection.execute(select(schema.tenants))).mappings()
+            }
+            keys = [
+                Key.model_validate(dict(row))
+                for row in (await connection.execute(select(schema.keys))).mappings()
+            ]
+        callers = [_caller(key, tenants, plans) for key in keys]
+        self._callers = {caller.key.sha256: caller for caller in callers}
+        self._by_id = {caller.key.id: caller for caller in callers}
+        self._version = version
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._every_s)
+            await self._try()
+
+    async def _try(self) -> None:
+        try:
+            await self.refresh()
+        except (DatabaseError, ValidationError) as error:
+            if not self._away:
+                log.error("%s Until then the %d keys read before stay in use.", error, len(self))
+            self._away = True
+            return
+        if self._away:
+            log.info("the keys can be read again; %d are known", len(self))
+        self._away = False
+
+
+def _caller(key: Key, tenants: dict[str, Tenant], plans: dict[str, Plan]) -> Caller:
+    tenant = tenants[key.tenant_id]
+    plan_id = key.plan_id or tenant.plan_id
+    return Caller(
+        key=key,
+        tenant=tenant,
+        plan=None if plan_id is None else plans[plan_id],
+        networks=tuple(ip_network(each) for each in key.allowed.addresses),
+    )
