@@ -35,7 +35,7 @@ class ProfileModel(BaseModel):
     ranks: int = Field(
         default=1, ge=1, description="Processes that share one replica on a CPU (vLLM's tensor parallelism)."
     )
-    threads: int = Field(default=1, ge=1, description="CPU threads of one replica.")
+    threads: int = Field(default=1, ge=1, description="CPU threads of one replica, of each rank.")
     memory_bytes: int | None = Field(default=None, ge=0, description="Memory budget of one replica, bytes.")
     context_length: int | None = Field(default=None, ge=1, description="Tokens.")
     concurrency: int = Field(
