@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from engine import __version__
-from engine.cli import control, doctor, keys, models, moe, plan, tables
+from engine.cli import control, doctor, keys, models, moe, plan, plans, tables, tenants
 from engine.config import Config, ConfigError, load
 
 app = typer.Typer(
@@ -25,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(keys.app, name="keys")
+app.add_typer(tenants.app, name="tenants")
+app.add_typer(plans.app, name="plans")
 app.command()(plan.plan)
 app.add_typer(models.app, name="models")
 app.add_typer(moe.app, name="moe")
