@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from engine.config import Config
 from engine.errors import ApiError
 from engine.gateway.accesslog import log_request
+from engine.gateway.admin import make_admin
 from engine.gateway.auth import authenticate, check_admin, check_allowed
 from engine.gateway.body import check_json_type, json_head, read_body
 from engine.gateway.content import refuse_pictures
@@ -76,7 +77,7 @@ class Gateway:
             self.directory, self._waking, first_bytes, self._control, worker=os.getpid()
         )
         self._forwarder = Forwarder(self.directory, self.metrics, self._waking, first_bytes)
-        self._pages = make_pages(self.directory, self.metrics)
+        self._pages = make_pages(self.directory, self.metrics, make_admin(self._database, self._ring))
         self._entry: ASGIApp = self._answer
         if config.gateway.cors_origins:
             self._entry = CORSMiddleware(

@@ -84,7 +84,7 @@ def add_forwarded(document: dict[str, Any]) -> dict[str, Any]:
     for path, described in DOCUMENTS.items():
         document["paths"][path] = {"post": _operation(path, described)}
     for path, methods in document["paths"].items():
-        if path.startswith("/v1/"):
+        if path.startswith(("/v1/", "/admin/")):
             for operation in methods.values():
                 operation["security"] = [{"key": []}]
     return document

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from engine import __version__
 from engine.errors import ApiError, bad_request, nearest
 from engine.gateway import schemas
+from engine.gateway.admin import handle_failures
 from engine.gateway.documents import add_forwarded
 from engine.gateway.endpoints import ENDPOINTS
 from engine.gateway.loading import first_line, remaining_s
@@ -27,8 +28,8 @@ _IN_SERVICE = ("asleep", "waking", "draining")
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
-    """The FastAPI application behind the forwarded endpoints."""
+def make_pages(directory: Directory, metrics: GatewayMetrics, admin: APIRouter) -> FastAPI:
+    """The FastAPI application behind the forwarded endpoints, with the administrators' routes."""
     pages = FastAPIOffline(
         title="Hearth",
         version=__version__,
@@ -38,6 +39,7 @@ def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
         redirect_slashes=False,
     )
     _handle_errors(pages)
+    handle_failures(pages)
 
     @pages.get("/v1/models", tags=["models"], summary="The served models")
     async def models() -> schemas.ModelList:
@@ -75,6 +77,7 @@ def make_pages(directory: Directory, metrics: GatewayMetrics) -> FastAPI:
     async def prometheus() -> Response:
         return Response(metrics.text(directory) + await scrape(directory), media_type=_TEXT)
 
+    pages.include_router(admin)
     _document(pages)
     return pages
 
