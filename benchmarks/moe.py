@@ -170,6 +170,7 @@ def measure(ways: dict[str, Way], tokens: int, routing: str, runs: int) -> dict[
 
 def work(rank: int, store: str, runs: int, sizes: tuple[int, ...]) -> None:
     """One worker; the first writes the result down."""
+    here = machine()  # before this process confines itself to one core
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % len(os.sched_getaffinity(0))]})
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
@@ -187,7 +188,7 @@ def work(rank: int, store: str, runs: int, sizes: tuple[int, ...]) -> None:
         shape = {"experts": EXPERTS, "top_k": SLOTS, "hidden": HIDDEN, "intermediate": INTERMEDIATE}
         settings = {"workers": WORKERS, "runs": runs, "dtype": str(DTYPE), "shape": shape}
         show(rows)
-        print(write_result("moe", {"machine": machine(), "settings": settings, "rows": rows}))
+        print(write_result("moe", {"machine": here, "settings": settings, "rows": rows}))
 
 
 def show(rows: list[dict[str, Any]]) -> None:
