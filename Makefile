@@ -31,6 +31,9 @@ format: setup ## Rewrite the code in the house style
 bench: setup ## Every benchmark that runs on this machine; results in benchmarks/results/
 	@$(BIN)/python -m benchmarks.startup
 	@$(BIN)/python -m benchmarks.gateway
+	@$(BIN)/python -m benchmarks.sleep
+	@$(BIN)/python -m benchmarks.moe
+	@$(BIN)/python -m benchmarks.eplb
 
 gpu-check: setup ## On one GPU: sleep, wake, first answer, memory against the plan (ARGS="--rehearse" on a CPU)
 	@$(BIN)/python -m benchmarks.gpu_check $(ARGS)
