@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from engine.metering.plans import Plan, PlanSpec
 
 app = typer.Typer(
-    help="Plans: create, list, show, set, delete. Amounts are whole numbers (of cents, or credits).",
+    help="Plans: create, list, show, set, delete. Amounts are whole numbers (of cents, or credits). "
+    "Kept and shown only, for now: the gateway does not yet charge or limit by them.",
     no_args_is_help=True,
 )
 
