@@ -121,6 +121,13 @@ def refuse_fixed(old: Config, new: Config) -> None:
                 f"`{name}` cannot change while Hearth runs ({before} → {after}). "
                 "Restart to change it (`hearth stop`, then `hearth serve`), or take it back.",
             )
+    if old.metering.database_url != new.metering.database_url:
+        # Either may hold a password: they are not told.
+        raise ReloadError(
+            409,
+            "`metering.database_url` cannot change while Hearth runs, or some workers would count in one "
+            "database and some in another. Restart to change it (`hearth stop`, then `hearth serve`).",
+        )
     if old.api_key != new.api_key:
         raise ReloadError(
             409,

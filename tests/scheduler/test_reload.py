@@ -185,6 +185,11 @@ async def test_where_memory_is_short_the_old_one_goes_first(tmp_path: Path, sett
         ({"tiers": {"cpu_memory_bytes": GIB // 2}}, 422, "m needs 1.0 GiB"),
         ({"models": {"nowhere": {}}}, 422, "model 'nowhere' is not in the catalog"),
         ({"weights": {"dir": "/elsewhere"}}, 409, "`weights.dir` cannot change while Hearth runs"),
+        (
+            {"metering": {"database_url": "postgresql://hearth:secret@db/hearth"}},
+            409,
+            r"`metering.database_url` cannot change while Hearth runs(?!.*secret)",
+        ),
     ],
 )
 async def test_what_cannot_be_used_changes_nothing(
