@@ -100,7 +100,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hearth]:
     finally:
         if running.process.poll() is None:
             running.process.send_signal(signal.SIGINT)
-        running.process.wait(90)
+            running.process.wait(90)
+        else:  # a test has failed between two schedulers
+            running.command("stop", "--now", check=False)
     assert not members(groups), "processes outlived Ctrl-C"
     assert not leavings(folder)
 
