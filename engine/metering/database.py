@@ -51,6 +51,9 @@ class Database:
             self.name = str(self.url.database)
         self.engine: AsyncEngine = _make_engine(self.url)
         self._writer = self.engine.execution_options(**{_WRITES: True})
+        # SQLite's transactions see one state anyway; PostgreSQL's do when asked.
+        one_state = {} if self.is_sqlite else {"isolation_level": "REPEATABLE READ"}
+        self._reader = self.engine.execution_options(**one_state)
 
     @property
     def is_sqlite(self) -> bool:
@@ -64,7 +67,7 @@ class Database:
             DatabaseError: the database fails.
         """
         with self._explained():
-            async with self.engine.begin() as connection:
+            async with self._reader.begin() as connection:
                 yield connection
 
     @contextlib.asynccontextmanager

@@ -129,7 +129,7 @@ async def create(
     if expires_at is not None and not at < expires_at <= _LAST_MS:
         raise AccessError("The key would have expired already: give a time that is yet to come.")
     async with database.writing() as connection:
-        await bump(connection, ACCESS)
+        version = await bump(connection, ACCESS)
         known = await _by_digest(connection, digest_of(text))
         if known is not None:
             return text, known
@@ -147,13 +147,13 @@ async def create(
             admin=admin,
             allowed=allowed or Allowed(),
         )
-        await add(connection, made)
+        await add(connection, made, version)
     return text, made
 
 
-async def add(connection: AsyncConnection, key: Key) -> None:
-    """Writes a key's row, in a transaction that has counted its change."""
-    await connection.execute(insert(keys).values(**key.model_dump(mode="json")))
+async def add(connection: AsyncConnection, key: Key, version: int) -> None:
+    """Writes a key's row, in a transaction that has counted its change as `version`."""
+    await connection.execute(insert(keys).values(**key.model_dump(mode="json"), version=version))
 
 
 async def list_keys(database: Database, *, tenant: str | None = None) -> list[Key]:
@@ -195,7 +195,7 @@ async def rotate(database: Database, named: str, *, keep_ms: int = 0) -> tuple[s
     text = make_key()
     at = now_ms()
     async with database.writing() as connection:
-        await bump(connection, ACCESS)
+        version = await bump(connection, ACCESS)
         old = await _find(connection, named)
         if old.state(at) != "valid":
             raise ConflictError(f"{old.id} is {old.state(at)}: only a valid key is rotated. Make a new one.")
@@ -209,8 +209,8 @@ async def rotate(database: Database, named: str, *, keep_ms: int = 0) -> tuple[s
             }
         )
         ended = {"expires_at": ends} if keep_ms else {"revoked_at": at}
-        await connection.execute(update(keys).where(keys.c.id == old.id).values(**ended))
-        await add(connection, new)
+        await connection.execute(update(keys).where(keys.c.id == old.id).values(**ended, version=version))
+        await add(connection, new, version)
     return text, new, old.model_copy(update=ended)
 
 
@@ -222,12 +222,14 @@ async def revoke(database: Database, named: str) -> Key:
         DatabaseError: the database fails.
     """
     async with database.writing() as connection:
-        await bump(connection, ACCESS)
+        version = await bump(connection, ACCESS)
         key = await _find(connection, named)
         if key.revoked_at is not None:
             return key
         at = now_ms()
-        await connection.execute(update(keys).where(keys.c.id == key.id).values(revoked_at=at))
+        await connection.execute(
+            update(keys).where(keys.c.id == key.id).values(revoked_at=at, version=version)
+        )
     return key.model_copy(update={"revoked_at": at})
 
 

@@ -64,7 +64,7 @@ async def import_file(database: Database, file: Path) -> int:
     if all(entry.sha256 in known for entry in found):
         return 0
     async with database.writing() as connection:
-        await bump(connection, ACCESS)
+        version = await bump(connection, ACCESS)
         known = set((await connection.execute(select(keys.c.sha256))).scalars())
         ids = set((await connection.execute(select(keys.c.id))).scalars())
         fresh = {entry.sha256: entry for entry in found if entry.sha256 not in known}
@@ -80,6 +80,7 @@ async def import_file(database: Database, file: Path) -> int:
                     sha256=entry.sha256,
                     created_at=entry.created * 1000,
                 ),
+                version,
             )
             ids.add(id)
     log.info("took in %d keys of %s; from now on keys are kept in %s", len(fresh), file, database.name)

@@ -82,9 +82,10 @@ class PlanSpec(_Part):
         return self
 
 
-class Plan(_Part):
+class Plan(BaseModel):
     """A plan with its name."""
 
+    model_config = ConfigDict(extra="ignore", frozen=True)
     id: str = Field(description="Begins with 'plan_'.")
     name: str
     unit: Unit = Field(description="'minor' = the currency's smallest unit (cents), 'credits' = points.")

@@ -39,8 +39,9 @@ async def create(
     )
     try:
         async with database.writing() as connection:
-            await bump(connection, ACCESS)
-            await connection.execute(insert(plans).values(**made.model_dump(mode="json")))
+            version = await bump(connection, ACCESS)
+            row = {**made.model_dump(mode="json"), "version": version}
+            await connection.execute(insert(plans).values(**row))
     except IntegrityError as error:
         raise ConflictError(
             f"There is a plan '{made.name}' already. Change it, or take another name."
@@ -80,11 +81,10 @@ async def change(database: Database, named: str, spec: PlanSpec) -> Plan:
         DatabaseError: the database fails.
     """
     async with database.writing() as connection:
-        await bump(connection, ACCESS)
+        version = await bump(connection, ACCESS)
         id = await find_id(connection, plans, named)
-        await connection.execute(
-            update(plans).where(plans.c.id == id).values(spec=spec.model_dump(mode="json"))
-        )
+        terms = spec.model_dump(mode="json")
+        await connection.execute(update(plans).where(plans.c.id == id).values(spec=terms, version=version))
     return await find(database, id)
 
 

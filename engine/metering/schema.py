@@ -45,6 +45,8 @@ plans = Table(
     # engine.metering.plans.PlanSpec
     Column("spec", JSON, nullable=False),
     Column("created_at", BigInteger, nullable=False),
+    # Count of the change that wrote the row last, so that gateways read what is new alone.
+    Column("version", BigInteger, nullable=False, index=True),
     CheckConstraint("unit IN ('minor', 'credits')", name="unit"),
 )
 
@@ -58,6 +60,7 @@ tenants = Table(
     Column("plan_id", String(64), ForeignKey("plans.id"), nullable=True),
     # A closed tenant's keys are refused; its rows stay.
     Column("closed_at", BigInteger, nullable=True),
+    Column("version", BigInteger, nullable=False, index=True),
 )
 
 keys = Table(
@@ -78,6 +81,7 @@ keys = Table(
     Column("admin", Boolean, nullable=False),
     # engine.metering.keys.Allowed: models, categories, addresses; an empty list allows all.
     Column("allowed", JSON, nullable=False),
+    Column("version", BigInteger, nullable=False, index=True),
 )
 
 ledger = Table(

@@ -41,12 +41,12 @@ async def create(database: Database, name: str, *, plan: str | None = None) -> T
     name = checked_name(name)
     try:
         async with database.writing() as connection:
-            await bump(connection, ACCESS)
+            version = await bump(connection, ACCESS)
             plan_id = None if plan is None else await find_id(connection, plans, plan)
             made = Tenant(
                 id=f"tenant_{secrets.token_hex(6)}", name=name, created_at=now_ms(), plan_id=plan_id
             )
-            await connection.execute(insert(tenants).values(**made.model_dump()))
+            await connection.execute(insert(tenants).values(**made.model_dump(), version=version))
     except IntegrityError as error:
         raise ConflictError(f"There is a tenant '{name}' already.") from error
     return made
@@ -84,10 +84,12 @@ async def set_plan(database: Database, named: str, plan: str | None) -> Tenant:
         DatabaseError: the database fails.
     """
     async with database.writing() as connection:
-        await bump(connection, ACCESS)
+        version = await bump(connection, ACCESS)
         id = await find_id(connection, tenants, named)
         plan_id = None if plan is None else await find_id(connection, plans, plan)
-        await connection.execute(update(tenants).where(tenants.c.id == id).values(plan_id=plan_id))
+        await connection.execute(
+            update(tenants).where(tenants.c.id == id).values(plan_id=plan_id, version=version)
+        )
     return await find(database, id)
 
 
@@ -113,9 +115,9 @@ async def reopen(database: Database, named: str) -> Tenant:
 
 async def _set_closed(database: Database, named: str, at: int | None) -> Tenant:
     async with database.writing() as connection:
-        await bump(connection, ACCESS)
+        version = await bump(connection, ACCESS)
         id = await find_id(connection, tenants, named)
-        changed = update(tenants).where(tenants.c.id == id).values(closed_at=at)
+        changed = update(tenants).where(tenants.c.id == id).values(closed_at=at, version=version)
         if at is not None:
             changed = changed.where(tenants.c.closed_at.is_(None))
         await connection.execute(changed)

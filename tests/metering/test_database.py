@@ -118,6 +118,18 @@ async def test_a_failed_transaction_leaves_nothing(url: str) -> None:
     await database.close()
 
 
+async def test_a_reader_sees_one_state(url: str) -> None:
+    database = Database(url)
+    await migrate(database)
+    async with database.reading() as connection:
+        count = text("SELECT count(*) FROM keys")
+        before = (await connection.execute(count)).scalar()
+        await keys.create(database)
+        assert (await connection.execute(count)).scalar() == before == 0
+    assert len(await keys.list_keys(database)) == 1
+    await database.close()
+
+
 async def test_writers_wait_for_each_other(url: str) -> None:
     """Read, then write: with a lock taken too late, SQLite would refuse one and PostgreSQL lose it."""
     several = [Database(url) for _ in range(4)]

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from engine.metering import keys, planstore, tenants
+from engine.metering import keys, planstore, schema, tenants
 from engine.metering.database import Database
 from engine.metering.keyring import KeyRing
 from engine.metering.keys import Allowed
@@ -51,6 +51,32 @@ async def test_a_ring_knows_whole_keys_only(store: Database) -> None:
     for stranger in ("", text[:-1], text + "x", made.sha256, made.id):
         assert ring.find(stranger) is None
     assert ring.by_id(made.id) == ring.find(text) and ring.by_id("key_none") is None
+
+
+async def test_a_ring_reads_only_what_is_new(store: Database) -> None:
+    texts = [(await keys.create(store, name=f"{number}"))[0] for number in range(20)]
+    ring = KeyRing(store)
+    await ring.refresh()
+    before = {text: ring.find(text) for text in texts}
+    await keys.revoke(store, "7")
+    await ring.refresh()
+    changed = [number for number, text in enumerate(texts) if ring.find(text) is not before[text]]
+    assert changed == [7]
+    await tenants.create(store, "acme")
+    late, _ = await keys.create(store, tenant="acme")
+    await ring.refresh()
+    assert ring.find(late).tenant.name == "acme" and len(ring) == 21  # type: ignore[union-attr]
+
+
+async def test_a_database_restored_from_a_backup_is_read_anew(store: Database) -> None:
+    text, made = await keys.create(store)
+    ring = KeyRing(store)
+    await ring.refresh()
+    async with store.writing() as connection:
+        await connection.execute(schema.keys.delete())
+        await connection.execute(schema.changes.update().values(version=1))
+    await ring.refresh()
+    assert ring.find(text) is None and ring.by_id(made.id) is None and len(ring) == 0
 
 
 async def test_expiry_and_a_closed_tenant_need_no_reading_of_the_clock_by_the_database(

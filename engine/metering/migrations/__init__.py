@@ -74,7 +74,7 @@ def _upgrade(connection: Connection, name: str) -> None:
 def _seed(connection: Connection) -> None:
     """What is there from the first day: whose keys those are that nobody gave a tenant."""
     at = int(time.time() * 1000)
-    connection.execute(insert(tenants).values(id="default", name="default", created_at=at))
+    connection.execute(insert(tenants).values(id="default", name="default", created_at=at, version=1))
     connection.execute(insert(changes).values(name=ACCESS, version=1))
 
 

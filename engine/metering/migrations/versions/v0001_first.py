@@ -18,10 +18,12 @@ def upgrade() -> None:
         sa.Column("currency", sa.String(3), nullable=False),
         sa.Column("spec", sa.JSON, nullable=False),
         sa.Column("created_at", sa.BigInteger, nullable=False),
+        sa.Column("version", sa.BigInteger, nullable=False),
         sa.CheckConstraint("unit IN ('minor', 'credits')", name=op.f("ck_plans_unit")),
         sa.PrimaryKeyConstraint("id", name="pk_plans"),
         sa.UniqueConstraint("name", name="uq_plans_name"),
     )
+    op.create_index("ix_plans_version", "plans", ["version"])
     op.create_table(
         "tenants",
         sa.Column("id", sa.String(64), nullable=False),
@@ -29,10 +31,12 @@ def upgrade() -> None:
         sa.Column("created_at", sa.BigInteger, nullable=False),
         sa.Column("plan_id", sa.String(64), nullable=True),
         sa.Column("closed_at", sa.BigInteger, nullable=True),
+        sa.Column("version", sa.BigInteger, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_tenants"),
         sa.ForeignKeyConstraint(["plan_id"], ["plans.id"], name="fk_tenants_plan_id"),
         sa.UniqueConstraint("name", name="uq_tenants_name"),
     )
+    op.create_index("ix_tenants_version", "tenants", ["version"])
     op.create_table(
         "keys",
         sa.Column("id", sa.String(64), nullable=False),
@@ -46,11 +50,13 @@ def upgrade() -> None:
         sa.Column("revoked_at", sa.BigInteger, nullable=True),
         sa.Column("admin", sa.Boolean, nullable=False),
         sa.Column("allowed", sa.JSON, nullable=False),
+        sa.Column("version", sa.BigInteger, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_keys"),
         sa.ForeignKeyConstraint(["tenant_id"], ["tenants.id"], name="fk_keys_tenant_id"),
         sa.ForeignKeyConstraint(["plan_id"], ["plans.id"], name="fk_keys_plan_id"),
         sa.UniqueConstraint("sha256", name="uq_keys_sha256"),
     )
+    op.create_index("ix_keys_version", "keys", ["version"])
     op.create_index("ix_keys_tenant_id", "keys", ["tenant_id"])
     op.create_table(
         "ledger",
