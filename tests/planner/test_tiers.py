@@ -84,10 +84,9 @@ def test_the_formula_holds_on_every_gpu_and_host(
     assert len(found.placements) + len(found.refusals) == sum(want.replicas for want in wants)
     assert all(refusal.reason for refusal in found.refusals)
     assert found == make_plan(needs, wants, parse_nodes(nodes), policy)
-    # Standby replicas take no resident's place.
+    # Standby replicas cost no resident its place, though residents may stand elsewhere to make room for one.
     alone = make_plan(needs, [w for w in wants if w.tier == "resident"], parse_nodes(nodes), policy)
-    stand = {p.id: p.places for p in found.placements}
-    assert {p.id: p.places for p in alone.placements}.items() <= stand.items()
+    assert {p.id for p in alone.placements} <= {p.id for p in found.placements}
 
 
 NODES = parse_nodes("1x2xH100:40")
