@@ -19,15 +19,15 @@ def workers(world: World) -> Iterator[tuple[Unit, Usage | None]]:
 
 def in_use(world: World, unit: Unit) -> bool:
     """Whether a worker has a request at the replica, or one that waits for its model."""
-    for _, usage in workers(world):
-        if usage is None:
-            continue
-        if usage.replicas.get(unit.id, _NOTHING).in_flight:
-            return True
-        waiting = usage.models.get(unit.model)
-        if waiting and waiting.waiting:
-            return True
-    return False
+    if _is_reported(world, unit):
+        return True
+    asked = (usage.models.get(unit.model) for _, usage in workers(world) if usage)
+    return any(model and model.waiting for model in asked)
+
+
+def _is_reported(world: World, unit: Unit) -> bool:
+    """Whether a living worker has said that a request is in flight at the replica."""
+    return any(usage and usage.replicas.get(unit.id, _NOTHING).in_flight for _, usage in workers(world))
 
 
 def last_used(world: World, unit: Unit) -> float:
@@ -55,7 +55,9 @@ def quietness(world: World, unit: Unit, now: float) -> Literal["quiet", "wait", 
     left = unit.withdrawal
     assert left is not None, "only what was withdrawn is asked about"
     if not left.room_for:
-        return "quiet"
+        # This scheduler has never offered it, but a table from before it was started again may have; what no
+        # worker has reported yet, the runner itself refuses to sleep through.
+        return "busy" if _is_reported(world, unit) else "quiet"
     policy = world.policy
     answer: Literal["quiet", "wait"] = "quiet"
     for gateway, usage in workers(world):

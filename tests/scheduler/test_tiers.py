@@ -358,6 +358,17 @@ def test_a_model_asked_for_while_it_loads_does_not_fall_asleep(tmp_path: Path) -
     assert stage.state("a-0") == "ready" and not stage.count(Sleep, "a-0")
 
 
+def test_a_first_sleep_waits_for_a_request_that_an_old_table_sent_there(tmp_path: Path) -> None:
+    stage = Stage([standing(tmp_path, "a")], ROOM)
+    stage.take_table(stage.worker())
+    # From before it was started again: the socket's name is the same.
+    stage.workers[stage.worker()].in_hand["a-0"] = 1
+    stage.workers[stage.worker()].used["a-0"] = stage.now
+    stage.report(stage.worker())
+    stage.answer_all()
+    assert stage.state("a-0") == "ready" and not stage.count(Sleep, "a-0")
+
+
 def test_one_that_cannot_wake_is_started_again_for_those_who_wait(pair: Stage) -> None:
     pair.request("a")
     ref = pair.world.units["a-0"].process

@@ -166,12 +166,20 @@ class Stage:
             assert unit.withdrawal is not None
             assert not (unit.pinned and unit.withdrawal.room_for), f"{action} of a pinned model"
             using = [pid for pid, worker in self.workers.items() if worker.in_hand[unit.id]]
+            if not unit.withdrawal.room_for:
+                # Nobody was asked to leave it: only a table from before its start can lead there. What has
+                # not been reported yet, the runner refuses (`_sleep`).
+                using = [pid for pid in using if self._has_reported(pid, unit.id)]
             assert not using, f"{action}: workers {using} have requests in flight there"
         if isinstance(action, Wake):
             others = [other for other in self._replicas(unit.model) if other.id != unit.id]
             assert not any(other.state in ("ready", "waking") for other in others), f"{action} for nothing"
         if isinstance(action, Restore) and action.asked:
             self.served_since[unit.id] = self.now
+
+    def _has_reported(self, pid: int, name: str) -> bool:
+        usage = self.world.usage.get(pid)
+        return bool(usage and name in usage.replicas and usage.replicas[name].in_flight)
 
     def _at_work(self, device: str) -> list[object]:
         return [
