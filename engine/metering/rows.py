@@ -31,6 +31,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     """What is written once for a request that was answered.
 
     charge: in `unit` ("credits", or minor units of the currency that is named); never negative.
+    included: it used one of its plan's included requests.
     at: Unix milliseconds. period: what the budget is counted in, for instance "2026-11".
     worker: the life of the worker that answered (`new_life`); a restarted worker has another.
     status: "answered", or "left" where the client went away after the first byte.
@@ -50,6 +51,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     plan_id: str | None = None
     unit: str = "credits"
+    included: bool = False
     status: str = "answered"
     prompt_tokens: int | None = None
     completion_tokens: int | None = None

@@ -20,6 +20,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 
 #: Names of constraints, so that a migration can name them on either database.
@@ -95,8 +96,10 @@ ledger = Table(
     Column("model", String(200), nullable=False),
     Column("category", String(32), nullable=False),
     Column("charge", BigInteger, nullable=False),
-    # 'credits' or the currency of the charge.
+    # 'credits' or the code of the charge's currency.
     Column("unit", String(16), nullable=False),
+    # Whether it used one of the plan's included requests.
+    Column("included", Boolean, nullable=False, server_default=false()),
     # 'answered', or 'left': its client went away after the first byte.
     Column("status", String(16), nullable=False),
     Column("at", BigInteger, nullable=False),
@@ -131,13 +134,15 @@ idempotency = Table(
     Column("body", LargeBinary, nullable=True),
     Column("headers", JSON, nullable=True),
     Column("created_at", BigInteger, nullable=False, index=True),
+    # The life of the worker that makes the answer; None where the row is of an older Hearth.
+    Column("worker", String(64), nullable=True),
 )
 
 budgets = Table(
     "budgets",
     metadata,
-    # Id of the tenant or key that the budget is of.
-    Column("subject", String(64), primary_key=True),
+    # Id of the tenant or key that the budget is of, with an ending that says what is counted.
+    Column("subject", String(80), primary_key=True),
     Column("period", String(16), primary_key=True),
     # Requests or charge that are settled, and those that living leases may still use.
     Column("used", BigInteger, nullable=False),
@@ -149,7 +154,7 @@ leases = Table(
     "leases",
     metadata,
     Column("id", String(64), primary_key=True),
-    Column("subject", String(64), nullable=False),
+    Column("subject", String(80), nullable=False),
     Column("period", String(16), nullable=False),
     Column("worker", String(64), nullable=False, index=True),
     Column("granted", BigInteger, nullable=False),

@@ -24,7 +24,7 @@ from engine.metering.database import (
 )
 from engine.metering.migrations import REVISIONS, migrate, upgrade_through
 from engine.metering.opening import opened
-from engine.metering.schema import metadata
+from engine.metering.schema import ledger, metadata
 
 
 async def tables(database: Database) -> dict[str, list[str]]:
@@ -66,6 +66,24 @@ async def test_the_migrations_end_at_the_schema(url: str) -> None:
     await database.close()
 
 
+async def test_a_database_of_the_first_schema_keeps_its_rows(url: str) -> None:
+    database = Database(url)
+    async with database.writing() as connection:
+        await connection.run_sync(upgrade_through, "0001")
+        await connection.execute(
+            text(
+                "INSERT INTO ledger (request_id, key_id, tenant_id, model, category, charge, unit, status, "
+                "at, worker, period) "
+                "VALUES ('r', 'k', 't', 'm', 'chat', 3, 'EUR', 'answered', 1, 'w', '2026-11')"
+            )
+        )
+    await migrate(database)
+    async with database.reading() as connection:
+        found = (await connection.execute(ledger.select())).mappings().one()
+    assert (found["request_id"], found["charge"], found["included"]) == ("r", 3, False)
+    await database.close()
+
+
 def test_every_migration_is_named() -> None:
     script = ScriptDirectory(str(Path(migrations.__file__).parent))
     assert [found.revision for found in script.walk_revisions()][::-1] == list(REVISIONS)
@@ -88,7 +106,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
     await migrate(database)
     async with database.writing() as connection:
         await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(DatabaseError, match=r"schema 9999, newer than this Hearth knows \(0001\)"):
+    with pytest.raises(DatabaseError, match=r"schema 9999, newer than this Hearth knows \(0002\)"):
         await migrate(database)
     await database.close()
 
