@@ -100,7 +100,7 @@ class PlanAsked(_Asked):
 
 
 #: What may go wrong with each of these, for the documentation.
-_FAILURES: dict[int | str, dict[str, Any]] = {
+FAILURES: dict[int | str, dict[str, Any]] = {
     400: {"model": schemas.Error, "description": "A value cannot be so."},
     401: {"model": schemas.Error, "description": "No valid key."},
     403: {"model": schemas.Error, "description": "Not an administrator's key."},
@@ -114,7 +114,7 @@ Named = Annotated[str, Field(description="Id or name.")]
 
 def make_admin(database: Database, ring: KeyRing) -> APIRouter:
     """The routes of `/admin/v1`; each change is in force on this worker when it is answered."""
-    router = APIRouter(prefix="/admin/v1", tags=["admin"], responses=_FAILURES)
+    router = APIRouter(prefix="/admin/v1", tags=["admin"], responses=FAILURES)
     _add_keys(router, database, ring)
     _add_tenants(router, database, ring)
     _add_plans(router, database, ring)

@@ -28,8 +28,8 @@ _IN_SERVICE = ("asleep", "waking", "draining")
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_pages(directory: Directory, metrics: GatewayMetrics, admin: APIRouter) -> FastAPI:
-    """The FastAPI application behind the forwarded endpoints, with the administrators' routes."""
+def make_pages(directory: Directory, metrics: GatewayMetrics, *more: APIRouter) -> FastAPI:
+    """The FastAPI application behind the forwarded endpoints, with `more` routes (admin, usage)."""
     pages = FastAPIOffline(
         title="Hearth",
         version=__version__,
@@ -77,7 +77,8 @@ def make_pages(directory: Directory, metrics: GatewayMetrics, admin: APIRouter) 
     async def prometheus() -> Response:
         return Response(metrics.text(directory) + await scrape(directory), media_type=_TEXT)
 
-    pages.include_router(admin)
+    for router in more:
+        pages.include_router(router)
     _document(pages)
     return pages
 
@@ -184,7 +185,7 @@ def envelope(error: ApiError) -> Response:
 
 def unknown_path(method: str, path: str, pages: FastAPI) -> ApiError:
     """The 404 for a path that is none of ours, with the one that was probably meant."""
-    known = [*ENDPOINTS, "/v1/models", "/health", "/ready", "/metrics", "/docs", "/openapi.json"]
+    known = [*ENDPOINTS, "/v1/models", "/v1/usage", "/health", "/ready", "/metrics", "/docs", "/openapi.json"]
     shown = path if len(path) <= 200 else path[:200] + "…"
     with_version = f"/v1{path.rstrip('/')}"
     if with_version in known:

@@ -6,12 +6,14 @@ and category, in one transaction, so that a total is the same before and after.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Select, delete, func, literal, select, union_all
+from sqlalchemy import ColumnElement, Select, delete, func, literal, select, union_all
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.metering import schema
 from engine.metering.database import Database
@@ -47,6 +49,9 @@ class Usage:
     by_day: list[Line]
     by_model: list[Line]
     by_category: list[Line]
+    #: By their ids; None unless they were asked for.
+    by_tenant: list[Line] | None = None
+    by_key: list[Line] | None = None
 
     def document(self) -> dict[str, Any]:
         """As `/v1/usage` answers; where several units were charged, the total has a charge for each."""
@@ -54,12 +59,16 @@ class Usage:
         total: dict[str, Any] = {"requests": sum(line.requests for line in self.total)}
         total["charge"] = next(iter(units.values()), 0) if len(units) <= 1 else units
         total["unit"] = next(iter(units), None) if len(units) <= 1 else None
-        return {
+        document = {
             "total": total,
             "by_day": _named(self.by_day, "day"),
             "by_model": _named(self.by_model, "model"),
             "by_category": _named(self.by_category, "category"),
         }
+        for name, lines in (("tenant", self.by_tenant), ("key", self.by_key)):
+            if lines is not None:
+                document[f"by_{name}"] = _named(lines, name)
+        return document
 
 
 def _named(lines: list[Line], name: str) -> list[dict[str, Any]]:
@@ -69,37 +78,59 @@ def _named(lines: list[Line], name: str) -> list[dict[str, Any]]:
     ]
 
 
-async def read_usage(database: Database, asked: Asked) -> Usage:
+async def read_usage(database: Database, asked: Asked, *, owners: bool = False) -> Usage:
     """The usage that was asked for, from the ledger and the rolled-up months, as of one moment.
 
-    A rolled-up month counts where its first millisecond lies in the time that was asked for.
+    A rolled-up month counts where its first millisecond lies in the time that was asked for. With `owners`
+    also by tenant and by key.
 
     Raises:
         DatabaseError: the database failed.
     """
-    rows = union_all(_from_ledger(asked), _from_rollups(asked)).subquery()
-    sums = func.sum(rows.c.requests), func.sum(rows.c.charge)
     async with database.reading() as connection:
-        found = await connection.execute(
-            select(rows.c.day, rows.c.month, rows.c.model, rows.c.category, rows.c.unit, *sums).group_by(
-                rows.c.day, rows.c.month, rows.c.model, rows.c.category, rows.c.unit
-            )
-        )
         cells = [
-            (
-                _day(day) if day is not None else month,
-                model,
-                category,
-                Line("", unit, int(count), int(charge)),
+            (_day(day) if month == "" else month, model, category, line)
+            for (day, month, model, category), line in await _sums(
+                connection, asked, ("day", "month", "model", "category")
             )
-            for day, month, model, category, unit, count, charge in found
         ]
+        owned = await _sums(connection, asked, ("tenant_id", "key_id")) if owners else None
     return Usage(
         total=_summed([("total", line) for *_, line in cells]),
         by_day=_summed([(day, line) for day, _, _, line in cells]),
         by_model=_summed([(model, line) for _, model, _, line in cells]),
         by_category=_summed([(category, line) for _, _, category, line in cells]),
+        by_tenant=None if owned is None else _summed([(tenant, line) for (tenant, _), line in owned]),
+        by_key=None if owned is None else _summed([(key, line) for (_, key), line in owned]),
     )
+
+
+async def was_used(database: Database, asked: Asked) -> bool:
+    """Whether there is any row or sum of this key or tenant, of whatever time.
+
+    Raises:
+        DatabaseError: the database failed.
+    """
+    async with database.reading() as connection:
+        for table in (schema.ledger, schema.rollups):
+            query = _owned(select(table.c.key_id).limit(1), table, asked)
+            if (await connection.execute(query)).first() is not None:
+                return True
+    return False
+
+
+async def _sums(
+    connection: AsyncConnection, asked: Asked, names: Sequence[str]
+) -> list[tuple[tuple[Any, ...], Line]]:
+    """Requests and charges for each value of these columns and each unit, ledger and roll-ups together."""
+    rows = union_all(_from_ledger(asked, names), _from_rollups(asked, names)).subquery()
+    columns = [rows.c[name] for name in (*names, "unit")]
+    sums = func.sum(rows.c.requests), func.sum(rows.c.charge)
+    found = await connection.execute(select(*columns, *sums).group_by(*columns))
+    return [
+        (tuple(values), Line("", unit, int(requests), int(charge)))
+        for *values, unit, requests, charge in found
+    ]
 
 
 async def roll_up(database: Database, before: str) -> int:
@@ -154,18 +185,13 @@ async def roll_up(database: Database, before: str) -> int:
     return rolled
 
 
-def _from_ledger(asked: Asked) -> Select[Any]:
+def _from_ledger(asked: Asked, names: Sequence[str]) -> Select[Any]:
     table = schema.ledger
-    day = (table.c.at // _DAY_MS).label("day")
-    query = select(
-        day,
-        literal("").label("month"),
-        table.c.model,
-        table.c.category,
-        table.c.unit,
-        func.count().label("requests"),
-        func.sum(table.c.charge).label("charge"),
-    ).group_by(day, table.c.model, table.c.category, table.c.unit)
+    # A day that is no column yet, and the month of what is not rolled up.
+    made = {"day": (table.c.at // _DAY_MS).label("day"), "month": literal("").label("month")}
+    columns = _columns(table, made, names)
+    query = select(*columns, func.count().label("requests"), func.sum(table.c.charge).label("charge"))
+    query = query.group_by(*(column for column in columns if column is not made["month"]))
     if asked.since is not None:
         query = query.where(table.c.at >= asked.since)
     if asked.until is not None:
@@ -173,17 +199,11 @@ def _from_ledger(asked: Asked) -> Select[Any]:
     return _owned(query, table, asked)
 
 
-def _from_rollups(asked: Asked) -> Select[Any]:
+def _from_rollups(asked: Asked, names: Sequence[str]) -> Select[Any]:
     table = schema.rollups
-    query = select(
-        literal(None).label("day"),
-        table.c.month,
-        table.c.model,
-        table.c.category,
-        table.c.unit,
-        table.c.requests,
-        table.c.charge,
-    )
+    made = {"day": literal(None).label("day")}
+    columns = _columns(table, made, names)
+    query = select(*columns, table.c.requests, table.c.charge)
     if asked.since is not None:
         first = _month_of(asked.since)
         if _month_start(first) < asked.since:
@@ -192,6 +212,13 @@ def _from_rollups(asked: Asked) -> Select[Any]:
     if asked.until is not None:
         query = query.where(table.c.month <= _month_of(asked.until - 1))
     return _owned(query, table, asked)
+
+
+def _columns(
+    table: Any, made: Mapping[str, ColumnElement[Any]], names: Sequence[str]
+) -> list[ColumnElement[Any]]:
+    """The columns of these names and the unit; those that are `made` in place of the table's."""
+    return [made[name] if name in made else table.c[name] for name in (*names, "unit")]
 
 
 def _owned(query: Select[Any], table: Any, asked: Asked) -> Select[Any]:
