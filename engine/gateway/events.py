@@ -16,11 +16,13 @@ class EventBuffer:
     A client therefore never sees half an event followed by an error: what it has read is always whole.
     """
 
-    __slots__ = ("_held", "_model")
+    __slots__ = ("_held", "_model", "failed")
 
     def __init__(self, model: str) -> None:
         self._model = model
         self._held = b""
+        #: Whether the runner has told of a failure in mid-stream: such an answer is not charged.
+        self.failed = False
 
     def feed(self, chunk: bytes) -> bytes:
         """The whole events up to now (possibly none), as the bytes that came."""
@@ -33,6 +35,7 @@ class EventBuffer:
             self._held = chunk[end:]
             chunk = chunk[:end]
         if _ERROR in chunk:
+            self.failed = True
             return b"".join(normalised_event(event, self._model) for event in _split(chunk))
         return chunk
 

@@ -6,10 +6,13 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ApiError
 from engine.metering.keyring import Caller
+
+if TYPE_CHECKING:
+    from engine.gateway.ticket import Ticket
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -43,8 +46,10 @@ class Exchange:
         "model",
         "request_id",
         "scope",
+        "standing",
         "started",
         "status",
+        "ticket",
         "upstream_id",
         "waited_s",
     )
@@ -66,6 +71,10 @@ class Exchange:
         self.key_id = "-"
         #: Whose key it came with; None where none is asked for.
         self.caller: Caller | None = None
+        #: The lines about the caller's limits in the answer's head, by its status; None where there are none.
+        self.standing: Callable[[int], list[tuple[bytes, bytes]]] | None = None
+        #: What it holds of limits and budgets, once it is admitted.
+        self.ticket: Ticket | None = None
         self.status = 0
         self.bytes_in = 0
         self.bytes_out = 0
@@ -89,11 +98,14 @@ class Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             spent = self.elapsed_s()
-            message["headers"] = [
+            lines = [
                 *message.get("headers", ()),
                 (b"x-request-id", self.request_id.encode("ascii")),
                 (b"openai-processing-ms", b"%d" % (spent * 1000)),
             ]
+            if self.standing is not None:
+                lines += self.standing(self.status)
+            message["headers"] = lines
         else:
             body = message.get("body", b"")
             if body and self.first_byte_s is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from engine.errors import ApiError
 from engine.gateway.events import EventBuffer
@@ -12,8 +13,10 @@ from engine.gateway.loading import not_ready
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.normalise import normalised
 from engine.gateway.routing import Directory
+from engine.gateway.tokens import tokens_of, tokens_of_events
 from engine.gateway.upstream import WHOLE_BYTES, Answer, Upstream, UpstreamLostError
 from engine.gateway.waking import Waking
+from engine.metering.tenants import Tenant
 
 log = logging.getLogger("hearth.gateway")
 
@@ -27,6 +30,11 @@ _MOST_ERROR_BYTES = 256 * 1024
 _ASLEEP = "model_asleep"
 #: Waits before a request is sent again to a model whose runner said that it sleeps, seconds: doubled.
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.02, 1.0
+
+
+#: The event with which streams in OpenAI's format end; a text cannot hold it at a line's start.
+_DONE = b"[DONE]"
+_DONE_LINE = re.compile(rb"^data: ?\[DONE\]", re.MULTILINE)
 
 
 class _AsleepError(Exception):
@@ -58,6 +66,7 @@ class Forwarder:
         }
         headers.setdefault("content-type", "application/json")
         headers["x-request-id"] = exchange.upstream_id
+        tenant = exchange.caller.tenant if exchange.caller is not None else None
         without: set[str] = set()
         stale: set[str] = set()
         lost = False
@@ -67,10 +76,10 @@ class Forwarder:
             # Nothing is awaited from this look at the table in force until the request is counted (`taken`):
             # the scheduler puts a replica to sleep once this worker has acknowledged a table without it
             # and reported nothing in flight there, and no request may slip in between.
-            upstream = self._directory.find(model).choose(without)
+            upstream = self._directory.find(model).choose(without, tenant=tenant)
             if upstream is None:
                 if lost and asleep_at is None:
-                    await self._news_of_lost(model)
+                    await self._news_of_lost(model, tenant)
                 lost = False
                 await self._waking.until_ready(
                     exchange, model, asleep_at=asleep_at, pause_s=pause_s if asleep_at is not None else 0.0
@@ -90,7 +99,7 @@ class Forwarder:
                 if exchange.begun:
                     raise broken_off(model) from error
                 if not error.unsent:
-                    raise await self._lost(model) from error
+                    raise await self._lost(model, tenant) from error
                 # An idle connection may be old while the replica lives: one more try there, then elsewhere.
                 if upstream.address in stale:
                     without.add(upstream.address)
@@ -132,6 +141,7 @@ class Forwarder:
                 await self._stream_events(exchange, send, model, answer, sent_at_s)
             elif answer.length is not None and answer.length <= WHOLE_BYTES:
                 body = await answer.read(WHOLE_BYTES)
+                await settle(exchange, answer, body)
                 await send(
                     {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
                 )
@@ -144,11 +154,18 @@ class Forwarder:
     async def _stream_bytes(self, exchange: Exchange, send: Send, answer: Answer) -> None:
         """A long body; when it breaks off, so does the connection, for a cut answer must not look whole."""
         chunks = answer.chunks()
-        first = await anext(chunks, b"")
+        chunk = await anext(chunks, b"")
         await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
-        await send({"type": "http.response.body", "body": first, "more_body": True})
-        async for chunk in chunks:
+        left = answer.length
+        while chunk:
+            if left is not None:
+                left -= len(chunk)
+                if left <= 0:
+                    # With these bytes the answer is whole for its client.
+                    await settle(exchange, answer)
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            chunk = await anext(chunks, b"")
+        await settle(exchange, answer)
         await send({"type": "http.response.body", "body": b""})
 
     async def _stream_events(
@@ -169,25 +186,43 @@ class Forwarder:
         headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
         exchange.is_events = True
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        await send({"type": "http.response.body", "body": ready, "more_body": True})
         try:
+            await self._pass_on(exchange, send, answer, ready, events.failed)
             async for chunk in chunks:
                 if ready := events.feed(chunk):
-                    await send({"type": "http.response.body", "body": ready, "more_body": True})
+                    await self._pass_on(exchange, send, answer, ready, events.failed)
+            await settle(exchange, answer)
             await send({"type": "http.response.body", "body": events.rest()})
         except UpstreamLostError as error:
             log.error("%s: the runner of %s broke off its stream: %s", exchange.request_id, model, error)
             self._metrics.lost(model)
             await send({"type": "http.response.body", "body": broken_off(model).event()})
 
-    async def _lost(self, model: str) -> ApiError:
+    async def _pass_on(
+        self, exchange: Exchange, send: Send, answer: Answer, events: bytes, failed: bool
+    ) -> None:
+        """Sends whole events; recorded before the one that clients take for the last.
+
+        An answer whose runner tells of a failure is not charged.
+        """
+        ticket = exchange.ticket
+        if ticket is not None:
+            ticket.tokens = tokens_of_events(events, ticket.tokens)
+            if failed:
+                await ticket.release()
+        if _DONE in events and _DONE_LINE.search(events):
+            await settle(exchange, answer)
+        await send({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def _lost(self, model: str, tenant: Tenant | None) -> ApiError:
         """The error for a replica that left with the request in hand, as of the newest table."""
         await self._directory.changed(_NEWS_S)
         try:
-            route = self._directory.find(model).route
+            served = self._directory.find(model)
         except ApiError as gone:
             return gone
-        error = not_ready(route, elapsed_s=self._directory.elapsed_s(model))
+        pool = served.owner(tenant)
+        error = not_ready(served.route_of(pool), elapsed_s=self._directory.elapsed_s(model, pool))
         return ApiError(
             503,
             f"The runner of '{model}' ended before it answered. {error.message}",
@@ -196,7 +231,7 @@ class Forwarder:
             extra=error.extra,
         )
 
-    async def _news_of_lost(self, model: str) -> None:
+    async def _news_of_lost(self, model: str, tenant: Tenant | None) -> None:
         """Gives the scheduler a moment to say what has become of the lost replicas.
 
         Raises:
@@ -204,8 +239,23 @@ class Forwarder:
         """
         await self._directory.changed(_NEWS_S)
         served = self._directory.find(model)
-        if served.upstreams:
-            raise not_ready(served.route, elapsed_s=self._directory.elapsed_s(model))
+        pool = served.pool(tenant)
+        if served.replicas(pool):
+            raise not_ready(served.route_of(pool), elapsed_s=self._directory.elapsed_s(model, pool))
+
+
+async def settle(exchange: Exchange, answer: Answer, body: bytes | None = None) -> None:
+    """Records the answered request before its last byte goes out; `body` where it is whole.
+
+    Raises:
+        ApiError: 503 `ledger_unavailable`.
+    """
+    ticket = exchange.ticket
+    if ticket is None:
+        return
+    if body is not None and answer.content_type.startswith(b"application/json"):
+        ticket.tokens = tokens_of(body)
+    await ticket.settle(status=answer.status, headers=answer.headers, body=body)
 
 
 def broken_off(model: str) -> ApiError:
