@@ -37,6 +37,24 @@ class Replica(BaseModel):
         default=None, description="Unix socket path; exactly one of socket and url is set."
     )
     url: str | None = Field(default=None, description="http://host:port of a runner on another machine.")
+    owner: str | None = Field(
+        default=None, description="The tenant whose keys alone go there, by name or id; None = shared."
+    )
+
+
+class DedicatedRoute(BaseModel):
+    """One tenant's own replicas of a model, which stand among the route's `replicas` once they are ready."""
+
+    model_config = ConfigDict(extra="ignore")
+    owner: str = Field(description="The tenant, by name or id.")
+    spill_over: bool = Field(
+        default=False, description="Whether its requests go to shared replicas when its own cannot take them."
+    )
+    state: ReplicaState = "planned"
+    reason: str = Field(default="", description="Why none of them is ready, for a person.")
+    eta_s: float | None = Field(
+        default=None, description="Roughly how long until one is ready, seconds, as of the route's `at`."
+    )
 
 
 class ExpertBalance(BaseModel):
@@ -68,6 +86,9 @@ class ModelRoute(BaseModel):
         default=None,
         description="Most requests of one gateway worker at a replica at once; None = it bounds itself.",
     )
+    max_batch: int | None = Field(
+        default=None, description="Requests that one replica works on together; None = not known."
+    )
     tier: Literal["resident", "standby"] = "resident"
     wake_wait_s: float | None = Field(
         default=None,
@@ -82,6 +103,15 @@ class ModelRoute(BaseModel):
         default=None, description="Roughly how long until ready, seconds, as of `at`."
     )
     at: float = Field(default=0.0, description="Unix time of this row.")
+    shared: bool = Field(default=True, description="False: only the tenants of `dedicated` are served.")
+    dedicated: list[DedicatedRoute] = Field(
+        default_factory=list, description="Tenants that own replicas of it; `state` is the shared ones'."
+    )
+    owner: str | None = Field(
+        default=None,
+        description="Whose replicas `state`, `reason` and `eta_s` tell of; None = the shared ones. Set in a "
+        "gateway's view for a tenant, never in the table.",
+    )
     replicas: list[Replica] = Field(default_factory=list, description="Ready replicas only.")
     expert_balance: ExpertBalance | None = Field(
         default=None, description="Of the least even replica, now and then; None = no experts, or not known."

@@ -14,7 +14,7 @@ from engine.gateway.control import AWAY, ControlClient
 from engine.gateway.exchange import Exchange
 from engine.gateway.loading import not_ready
 from engine.gateway.metrics import GatewayMetrics
-from engine.gateway.routing import Directory, Served
+from engine.gateway.routing import SHARED, Directory, Served
 from engine.routes import ModelRoute
 
 log = logging.getLogger("hearth.gateway")
@@ -106,10 +106,12 @@ class Waking:
                 not come back by itself, the scheduler cannot wake it, too many wait already, or the time is
                 over; 404 when it is served no longer.
         """
+        tenant = exchange.caller.tenant if exchange.caller is not None else None
         served = self._directory.find(model)
-        if served.upstreams and asleep_at is None:
+        pool = served.pool(tenant)
+        if served.replicas(pool) and asleep_at is None:
             return served
-        left_s = self._time_left(served.route, exchange)
+        left_s = self._time_left(served.route_of(pool), exchange)
         with self._joined(served.route, exchange) as wake:
             try:
                 async with asyncio.timeout(left_s):
@@ -118,12 +120,15 @@ class Waking:
                     while True:
                         # From this look to the wait for news nothing is awaited, so no news is missed.
                         served = self._directory.find(model)
-                        if served.upstreams and (wake.answered or self._directory.version != asleep_at):
+                        pool = served.pool(tenant)
+                        ready = bool(served.replicas(pool))
+                        if ready and (wake.answered or self._directory.version != asleep_at):
                             return served
-                        self._check(served.route, wake)
+                        self._check(served.route_of(pool), wake)
                         await wake.news.wait()
             except TimeoutError:
-                route = self._directory.find(model).route
+                served = self._directory.find(model)
+                route = served.route_of(served.pool(tenant))
                 note = f"This request has waited for it as long as it may, {route.wake_wait_s or left_s:g} s."
                 raise self._not_ready(route, note) from None
 
@@ -141,21 +146,21 @@ class Waking:
     def _check(self, route: ModelRoute, wake: _Wake) -> None:
         """Raises the answer of a request that waits in vain."""
         if wake.refusal is not None:
-            raise not_ready(route, reason=wake.refusal, elapsed_s=self._elapsed_s(route.id))
+            raise not_ready(route, reason=wake.refusal, elapsed_s=self._elapsed_s(route))
         if route.wake_wait_s is None or route.state not in _COMES_BACK:
             raise self._not_ready(route)
 
     def _not_ready(self, route: ModelRoute, note: str = "") -> ApiError:
-        return not_ready(route, elapsed_s=self._elapsed_s(route.id), note=note)
+        return not_ready(route, elapsed_s=self._elapsed_s(route), note=note)
 
-    def _elapsed_s(self, model: str) -> float | None:
+    def _elapsed_s(self, route: ModelRoute) -> float | None:
         """How long the model has been on its way, seconds.
 
         Since its row left "ready" or "asleep", or since this worker first asked for it and still does,
         whichever is longer ago; None when neither is the case.
         """
-        seen_s = self._directory.elapsed_s(model)
-        wake = self._wakes.get(model)
+        seen_s = self._directory.elapsed_s(route.id, route.owner or SHARED)
+        wake = self._wakes.get(route.id)
         if wake is None:
             return seen_s
         return max(seen_s or 0.0, time.monotonic() - wake.since)
