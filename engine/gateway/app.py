@@ -11,8 +11,6 @@ import asyncio
 import logging
 import math
 import os
-import secrets
-from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -33,22 +31,17 @@ from engine.gateway.forward import Forwarder
 from engine.gateway.guard import WhileClientWaits
 from engine.gateway.images import ImageFetcher
 from engine.gateway.images_body import Endpoint as PicturesOf
-from engine.gateway.meter import ANONYMOUS, Meter
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.multipart import is_multipart, multipart_head
 from engine.gateway.pages import make_pages, wrong_method
-from engine.gateway.retries import Retries
 from engine.gateway.routing import Directory
 from engine.gateway.upstream import Upstream
 from engine.gateway.usage import UsageReporter
 from engine.gateway.usage_pages import make_usage
 from engine.gateway.waking import Waking
 from engine.gateway.watch import RouteWatch
-from engine.metering.books import Books
 from engine.metering.database import Database, DatabaseAwayError, url_of
-from engine.metering.idempotency import Idempotency, Recorded
 from engine.metering.keyring import KeyRing
-from engine.metering.limits import Limits
 from engine.metering.lookup import AccessError
 from engine.metering.opening import prepare
 from engine.routes import ModelRoute
@@ -57,20 +50,7 @@ log = logging.getLogger("hearth.gateway")
 
 #: Where a request's Exchange is kept in its ASGI scope.
 _EXCHANGE = "hearth.exchange"
-_EXPOSED = [
-    "x-request-id",
-    "openai-processing-ms",
-    "retry-after",
-    "retry-after-ms",
-    "x-ratelimit-limit-requests",
-    "x-ratelimit-remaining-requests",
-    "x-ratelimit-reset-requests",
-    "x-hearth-charge",
-    "x-hearth-charge-unit",
-    "x-hearth-budget-remaining",
-]
-#: After a request's time is up, how long its Idempotency-Key counts as in use, seconds.
-_CLAIM_GRACE_S = 60.0
+_EXPOSED = ["x-request-id", "openai-processing-ms", "retry-after", "retry-after-ms"]
 
 _STOPPING = ApiError(
     503,
@@ -98,10 +78,6 @@ class Gateway:
             self.directory, self._waking, first_bytes, self._control, worker=os.getpid()
         )
         self._forwarder = Forwarder(self.directory, self.metrics, self._waking, first_bytes)
-        self._meter: Meter | None = None
-        self._retries: Retries | None = None
-        self._books: Books | None = None
-        self._limits: Limits | None = None
         self._pages = make_pages(
             self.directory,
             self.metrics,
@@ -130,8 +106,6 @@ class Gateway:
             # Models are served by whoever has the keys; the ring goes on trying.
             log.error("%s", error)
         await self._ring.start()
-        if self._config.metering.enabled:
-            await self._open_books()
         await self._pictures.start()
         await self._control.start()
         await self._usage.start()
@@ -144,25 +118,8 @@ class Gateway:
         await self._control.close()
         await self._pictures.close()
         await self.directory.close()
-        if self._books is not None:
-            await self._books.close()
-        if self._limits is not None:
-            self._limits.close()
         await self._ring.close()
         await self._database.close()
-
-    async def _open_books(self) -> None:
-        """Begins to record and to hold callers to their plans."""
-        self._books = await Books.open(self._config, self._database)
-        self._limits = Limits(self._config.runtime_dir / "limits")
-        self._meter = Meter(self._books, self._limits, now_ms=self._ring.now_ms)
-        self._retries = Retries(
-            Idempotency(
-                self._database,
-                self._books.worker,
-                stale_s=self._config.gateway.request_timeout_s + _CLAIM_GRACE_S,
-            )
-        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -235,8 +192,6 @@ class Gateway:
             given = exchange.headers.get(b"authorization")
             caller = authenticate(self._ring, given, client[0] if client else None)
             exchange.caller, exchange.key_id = caller, caller.key.id
-            if self._meter is not None:
-                exchange.standing = partial(self._meter.headers, caller)
             if admin:
                 check_admin(caller)
         if endpoint is None:
@@ -264,71 +219,15 @@ class Gateway:
         if not as_form:
             body = _rewritten(body, endpoint, served.route)
             pictures = _pictures_of(endpoint, served.route)
-        try:
-            async with WhileClientWaits(receive, exchange):
-                if self._meter is not None and not await self._admitted(exchange, send, served.route, body):
-                    return
-                if pictures is not None:
-                    # Before they are fetched: a request that has to wait for its model does so without them.
-                    await self._waking.until_ready(exchange, served.route.id)
-                    body = await self._pictures.settle(body, pictures)
-                await self._forwarder.forward(exchange, send, served.route.id, endpoint.path, body)
-        except ClientGoneError:
-            ticket = exchange.ticket
-            if ticket is not None and exchange.first_byte_s is not None and 200 <= exchange.status < 300:
-                await ticket.settle("left")
-            raise
-        finally:
-            if exchange.ticket is not None:
-                await exchange.ticket.release()
-
-    async def _admitted(self, exchange: Exchange, send: Send, route: ModelRoute, body: bytes) -> bool:
-        """Draws the request's ticket; False: it has been answered from the record of an earlier try.
-
-        Raises:
-            ApiError: the caller's plan does not allow it now, or nobody can say.
-        """
-        assert self._meter is not None
-        assert self._retries is not None
-        caller = exchange.caller or ANONYMOUS
-        request_id = _ledger_id()
-        attempt = await self._retries.claim(
-            exchange, caller.key.id, exchange.scope["path"], body, request_id
-        )
-        if isinstance(attempt, Recorded):
-            await _replay(send, attempt)
-            return False
-        try:
-            exchange.ticket = await self._meter.admit(
-                exchange,
-                caller,
-                route,
-                request_id=request_id if attempt is None else attempt.request_id,
-                attempt=attempt,
-                charged=attempt is None or not attempt.charged_before,
-            )
-        except BaseException:
-            if attempt is not None:
-                await attempt.drop()
-            raise
-        exchange.standing = exchange.ticket.headers
-        return True
+        async with WhileClientWaits(receive, exchange):
+            if pictures is not None:
+                # Before they are fetched: a request that has to wait for its model does so without them.
+                await self._waking.until_ready(exchange, served.route.id)
+                body = await self._pictures.settle(body, pictures)
+            await self._forwarder.forward(exchange, send, served.route.id, endpoint.path, body)
 
     def _make_upstream(self, id: str, address: str) -> Upstream:
         return Upstream(id, address, connect_timeout_s=self._config.gateway.connect_timeout_s)
-
-
-def _ledger_id() -> str:
-    """The ledger's name of a request: the server's own, however a client names its requests."""
-    return "req_" + secrets.token_hex(12)
-
-
-async def _replay(send: Send, kept: Recorded) -> None:
-    """The answer of an earlier try; nothing is charged for it again."""
-    headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in kept.headers.items()]
-    headers += [(b"content-length", b"%d" % len(kept.body)), (b"x-hearth-replayed", b"true")]
-    await send({"type": "http.response.start", "status": kept.status, "headers": headers})
-    await send({"type": "http.response.body", "body": kept.body})
 
 
 def _rewritten(body: bytes, endpoint: Endpoint, route: ModelRoute) -> bytes:
