@@ -50,7 +50,18 @@ log = logging.getLogger("hearth.gateway")
 
 #: Where a request's Exchange is kept in its ASGI scope.
 _EXCHANGE = "hearth.exchange"
-_EXPOSED = ["x-request-id", "openai-processing-ms", "retry-after", "retry-after-ms"]
+_EXPOSED = [
+    "x-request-id",
+    "openai-processing-ms",
+    "retry-after",
+    "retry-after-ms",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+    "x-hearth-charge",
+    "x-hearth-charge-unit",
+    "x-hearth-budget-remaining",
+]
 
 _STOPPING = ApiError(
     503,
@@ -66,7 +77,7 @@ class Gateway:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._database = Database(url_of(config))
-        self._ring = KeyRing(self._database)
+        self._ring = KeyRing(self._database, snapshot=config.keys_snapshot)
         self.directory = Directory(self._make_upstream)
         self.metrics = GatewayMetrics()
         self._watch = RouteWatch(self.directory, socket=config.control_socket, file=config.routes_file)
@@ -219,12 +230,21 @@ class Gateway:
         if not as_form:
             body = _rewritten(body, endpoint, served.route)
             pictures = _pictures_of(endpoint, served.route)
-        async with WhileClientWaits(receive, exchange):
-            if pictures is not None:
-                # Before they are fetched: a request that has to wait for its model does so without them.
-                await self._waking.until_ready(exchange, served.route.id)
-                body = await self._pictures.settle(body, pictures)
-            await self._forwarder.forward(exchange, send, served.route.id, endpoint.path, body)
+        try:
+            async with WhileClientWaits(receive, exchange):
+                if pictures is not None:
+                    # Before they are fetched: a request that has to wait for its model does so without them.
+                    await self._waking.until_ready(exchange, served.route.id)
+                    body = await self._pictures.settle(body, pictures)
+                await self._forwarder.forward(exchange, send, served.route.id, endpoint.path, body)
+        except ClientGoneError:
+            ticket = exchange.ticket
+            if ticket is not None and exchange.first_byte_s is not None and 200 <= exchange.status < 300:
+                await ticket.settle("left")
+            raise
+        finally:
+            if exchange.ticket is not None:
+                await exchange.ticket.release()
 
     def _make_upstream(self, id: str, address: str) -> Upstream:
         return Upstream(id, address, connect_timeout_s=self._config.gateway.connect_timeout_s)
