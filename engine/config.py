@@ -294,6 +294,11 @@ class Config(BaseSettings):
         return self.state_dir.expanduser().resolve() / "keys.json"
 
     @property
+    def keys_snapshot(self) -> Path:
+        """What the gateways knew of keys last, for one that starts while the database is away."""
+        return self.state_dir.expanduser().resolve() / "keys.snapshot"
+
+    @property
     def state_file(self) -> Path:
         """What the scheduler needs to adopt processes that outlive it."""
         return self.state_dir.expanduser().resolve() / "scheduler.json"

@@ -2,7 +2,8 @@
 
 Nothing here is asked of the database while a request waits: a task reads everything again when the `changes`
 counter has moved, looked at twice a second, so that a revoked key is refused within a second everywhere.
-While the database is away the keys read last stay good.
+While the database is away the keys read last stay good; a worker that starts then takes them from the
+snapshot that the workers before it kept (`snapshot.py`), until the database answers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import ValidationError
@@ -24,7 +26,15 @@ from engine.metering import schema
 from engine.metering.changes import ACCESS, version_of
 from engine.metering.database import Database, DatabaseError
 from engine.metering.keys import Key, digest_of
+from engine.metering.migrations import migrate
 from engine.metering.plans import Plan
+from engine.metering.snapshot import (
+    Snapshot,
+    SnapshotError,
+    SnapshotKeeper,
+    database_digest,
+    read_snapshot,
+)
 from engine.metering.tenants import Tenant
 
 log = logging.getLogger("hearth.keys")
@@ -87,10 +97,16 @@ class KeyRing:
         self,
         database: Database,
         *,
+        snapshot: Path | None = None,
         every_s: float = EVERY_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
+        #: Where what is held is kept for a worker that starts while the database is away; None = nowhere.
+        self._file = snapshot
+        self._keeper = None if snapshot is None else SnapshotKeeper(snapshot, self.now_ms)
+        #: When what is held was read, by this worker or, while `_version` is -1, by one before it; unix ms.
+        self._read_at: int | None = None
         self._every_s = every_s
         self._clock = clock
         self._version = -1
@@ -104,7 +120,7 @@ class KeyRing:
     @property
     def loaded(self) -> bool:
         """Whether the keys have been read once: before that nobody can be told known from unknown."""
-        return self._version >= 0
+        return self._read_at is not None
 
     def __len__(self) -> int:
         return len(self._callers)
@@ -143,10 +159,12 @@ class KeyRing:
         Raises:
             DatabaseError: the database fails; what was read before stays.
         """
+        read_at = self.now_ms()
         async with self._database.reading() as connection:
             # Read first: what is committed while the rows are read is read again at the next look.
             version = await version_of(connection, ACCESS)
             if version == self._version:
+                self._read_at = read_at
                 return
             # A smaller count: the database is another one, restored from a backup.
             since = self._version if version > self._version else -1
@@ -154,6 +172,7 @@ class KeyRing:
             tenants = await _rows(connection, schema.tenants, Tenant, since)
             keys = await _rows(connection, schema.keys, Key, since)
         if since < 0:
+            # Also what a snapshot held, which may be older than the database in anything.
             self._plans, self._tenants, self._by_id = {}, {}, {}
         self._plans |= {plan.id: plan for plan in plans}
         self._tenants |= {tenant.id: tenant for tenant in tenants}
@@ -164,7 +183,7 @@ class KeyRing:
         by_id = self._by_id | {key.id: self._caller(key) for key in fresh.values()}
         self._by_id = by_id
         self._callers = {caller.key.sha256: caller for caller in by_id.values()}
-        self._version = version
+        self._version, self._read_at = version, read_at
 
     def _caller(self, key: Key) -> Caller:
         tenant = self._tenants[key.tenant_id]
@@ -180,18 +199,75 @@ class KeyRing:
         while True:
             await asyncio.sleep(self._every_s)
             await self._try()
+            await self._keep()
 
     async def _try(self) -> None:
         try:
+            if self._version < 0:
+                # Also what was away at the start is brought up to date before it is read.
+                await migrate(self._database)
             await self.refresh()
         except (DatabaseError, ValidationError) as error:
             if not self._away:
-                log.error("%s Until then the %d keys read before stay in use.", error, len(self))
+                if not self.loaded and self._file is not None:
+                    await asyncio.to_thread(self._take_snapshot, self._file)
+                log.error("%s Until then %s.", error, self._meanwhile())
             self._away = True
             return
         if self._away:
             log.info("the keys can be read again; %d are known", len(self))
         self._away = False
+
+    def _take_snapshot(self, file: Path) -> None:
+        """Holds what the snapshot says, until the database answers."""
+        try:
+            found = read_snapshot(file, database_digest(self._database.name))
+        except SnapshotError as error:
+            log.error("%s: it is not used.", error)
+            return
+        if found is None:
+            return
+        self._plans = {plan.id: plan for plan in found.plans}
+        self._tenants = {tenant.id: tenant for tenant in found.tenants}
+        self._by_id = {key.id: self._caller(key) for key in found.keys}
+        self._callers = {caller.key.sha256: caller for caller in self._by_id.values()}
+        # The count of changes stays unknown: all is read again once the database answers.
+        self._read_at = found.read_at
+
+    def _meanwhile(self) -> str:
+        """What holds while the database is away."""
+        if self._read_at is None:
+            return "no key is known"
+        if self._version >= 0:
+            return f"the {len(self)} keys read before stay in use"
+        age = _shown_age(self.now_ms() - self._read_at)
+        return f"the {len(self)} keys of {self._file} are in use, as they were {age} ago"
+
+    async def _keep(self) -> None:
+        """Brings the snapshot up to date."""
+        if self._keeper is None or self._away or self._read_at is None:
+            return
+        if not self._keeper.due(self._version):
+            return
+        await self._keeper.keep(
+            Snapshot(
+                database=database_digest(self._database.name),
+                version=self._version,
+                read_at=self._read_at,
+                plans=tuple(self._plans.values()),
+                tenants=tuple(self._tenants.values()),
+                keys=tuple(caller.key for caller in self._by_id.values()),
+            )
+        )
+
+
+def _shown_age(ms: int) -> str:
+    """A length of time for a person; a clock set back makes it 0."""
+    seconds = max(0, ms) // 1000
+    for length, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {name}"
+    return f"{seconds} seconds"
 
 
 async def _rows(connection: AsyncConnection, table: Table, kind: type[_Row], since: int) -> list[_Row]:

@@ -228,7 +228,7 @@ async def test_before_the_keys_are_read_nobody_is_called_unknown(
 ) -> None:
     async with open_house(tmp_path, route("dummy", runner)) as house:
         await house.gateway._ring.close()  # follows nothing any more
-        monkeypatch.setattr(house.gateway._ring, "_version", -1)
+        monkeypatch.setattr(house.gateway._ring, "_read_at", None)
         monkeypatch.setattr(house.gateway._ring, "_callers", {})
         status, answer, headers = await house.post(CHAT, {"model": "dummy", "messages": []})
         assert (status, code_of(answer)) == (503, "keys_unavailable") and headers["retry-after"]
@@ -250,7 +250,7 @@ async def test_the_documentation_tells_of_it(house: House) -> None:
         if path.startswith("/admin/v1/")
         for operation in methods.values()
     ]
-    assert len(operations) == 14
+    assert len(operations) == 15
     for path, operation in operations:
         assert operation["security"] == [{"key": []}], path
         assert {"401", "403", "404"} <= set(operation["responses"])
