@@ -186,6 +186,13 @@ class MeteringConfig(_Section):
         description="PostgreSQL for several machines: postgresql://user:password@host/name; "
         "empty = the SQLite file <state_dir>/hearth.db.",
     )
+    keep_months: int = Field(
+        default=13,
+        ge=0,
+        le=1200,
+        description="Whole months, beside the present one, for which each request's row is kept; older ones "
+        "become sums for each month, key and model. 0 = for ever.",
+    )
 
 
 class ModelConfig(_Section):
@@ -287,6 +294,11 @@ class Config(BaseSettings):
     def database_file(self) -> Path:
         """Keys, plans and the ledger, unless `metering.database_url` names another place."""
         return self.state_dir.expanduser().resolve() / "hearth.db"
+
+    @property
+    def ledger_dir(self) -> Path:
+        """The gateway workers' journals and counters."""
+        return self.state_dir.expanduser().resolve() / "ledger"
 
     @property
     def keys_file(self) -> Path:

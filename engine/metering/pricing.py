@@ -75,12 +75,25 @@ def period_end_ms(name: str) -> int:
 
 def money(amount: int, plan: Plan) -> str:
     """An amount for a person: '1.20 EUR', '300 JPY', '15 credits'."""
-    if plan.unit == "credits":
+    return money_in(amount, plan.charged_in)
+
+
+def money_in(amount: int, charged_in: str) -> str:
+    """As `money`, of an amount in what the ledger names: 'credits' or a currency's code."""
+    if charged_in == "credits":
         return f"{amount} credit{'' if amount == 1 else 's'}"
-    digits = 0 if plan.currency in _WHOLE else 3 if plan.currency in _THOUSANDTHS else 2
+    return f"{decimal(amount, charged_in)} {charged_in}"
+
+
+def decimal(amount: int, charged_in: str) -> str:
+    """The amount alone, in whole euros and the like: '1.20', '300', '15' (credits)."""
+    digits = 2
+    if charged_in == "credits" or charged_in in _WHOLE:
+        digits = 0
+    elif charged_in in _THOUSANDTHS:
+        digits = 3
     sign, whole = "-" if amount < 0 else "", str(abs(amount)).rjust(digits + 1, "0")
-    shown = f"{whole[:-digits]}.{whole[-digits:]}" if digits else whole
-    return f"{sign}{shown} {plan.currency}"
+    return sign + (f"{whole[:-digits]}.{whole[-digits:]}" if digits else whole)
 
 
 def _moment(at_ms: int) -> datetime:
