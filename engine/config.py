@@ -7,13 +7,14 @@ Read from ``hearth.toml`` (or the file named), then overridden by ``HEARTH_…``
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.errors import nearest
@@ -52,6 +53,18 @@ class GatewayConfig(_Section):
     cors_origins: list[str] = Field(
         default_factory=list, description="Browser origins that may call the API; empty = none, ['*'] = any."
     )
+    trusted_proxies: list[str] = Field(
+        default_factory=list,
+        description="Proxies whose X-Forwarded-For is believed: addresses or networks, ['10.0.0.0/8'].",
+    )
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, given: list[str]) -> list[str]:
+        networks = [ipaddress.ip_network(each.strip(), strict=False) for each in given]
+        if any(network.prefixlen == 0 for network in networks):
+            raise ValueError("a network of all addresses would let every caller name an address of its own")
+        return [str(network) for network in networks]
 
 
 class FetchConfig(_Section):
@@ -164,6 +177,33 @@ class ScalingConfig(_Section):
     )
 
 
+class FairnessConfig(_Section):
+    """Whose request is next at a busy model: fair queueing over keys, weighted by their plans."""
+
+    enabled: bool = Field(default=True, description="False: requests go to the replicas as they come.")
+    most_waiting: int = Field(
+        default=256,
+        ge=1,
+        description="Most requests of one gateway worker that wait for one model's replicas, unless the model has "
+        "`max_queue`; one more, or the newest of the key that has most waiting, is answered 429.",
+    )
+    wait_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Longest an interactive request waits for its turn, seconds; then 503 with retry-after.",
+    )
+    window_factor: float = Field(
+        default=1.0,
+        gt=0,
+        description="Requests at a replica at once, as a multiple of its `max_batch`; all workers together.",
+    )
+    active_s: float = Field(
+        default=10.0,
+        ge=0,
+        description="After its last request a key keeps its share of the window free for this long, seconds.",
+    )
+
+
 class WeightsConfig(_Section):
     """Where model files come from and are kept."""
 
@@ -224,6 +264,9 @@ class ModelConfig(_Section):
         default=None, ge=0, description="Longest wait for company, milliseconds."
     )
     max_queue: int | None = Field(default=None, ge=1, description="Most requests that wait.")
+    queue_wait_s: float | None = Field(
+        default=None, gt=0, description="Longest a request waits for its turn, seconds; else fairness.wait_s."
+    )
     path: Path | None = Field(
         default=None, description="Local folder to load from, before the entry's sources."
     )
@@ -264,6 +307,7 @@ class Config(BaseSettings):
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     tiers: TiersConfig = Field(default_factory=TiersConfig)
     scaling: ScalingConfig = Field(default_factory=ScalingConfig)
+    fairness: FairnessConfig = Field(default_factory=FairnessConfig)
     weights: WeightsConfig = Field(default_factory=WeightsConfig)
     metering: MeteringConfig = Field(default_factory=MeteringConfig)
     models: dict[str, ModelConfig] = Field(

@@ -22,7 +22,7 @@ def log_request(exchange: Exchange, status: int) -> None:
     first = "-" if exchange.first_byte_s is None else f"{exchange.first_byte_s * 1000:.1f}"
     access.log(
         level,
-        "%s %s %s model=%s first=%sms total=%.1fms in=%d out=%d key=%s id=%s",
+        "%s %s %s model=%s first=%sms total=%.1fms in=%d out=%d from=%s key=%s id=%s",
         status,
         scope["method"],
         printable(scope["path"]),
@@ -31,6 +31,7 @@ def log_request(exchange: Exchange, status: int) -> None:
         exchange.elapsed_s() * 1000,
         exchange.bytes_in,
         exchange.bytes_out,
+        exchange.address,
         exchange.key_id,
         exchange.request_id,
     )

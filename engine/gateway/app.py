@@ -25,6 +25,7 @@ from engine.gateway.content import refuse_pictures
 from engine.gateway.control import ControlClient
 from engine.gateway.endpoints import ENDPOINTS, Endpoint, check_category
 from engine.gateway.exchange import CLIENT_GONE, ClientGoneError, Exchange, send_error
+from engine.gateway.fair.gate import Gate
 from engine.gateway.fim import fill_in_middle
 from engine.gateway.firstbytes import FirstBytes
 from engine.gateway.forward import Forwarder
@@ -33,6 +34,7 @@ from engine.gateway.images import ImageFetcher
 from engine.gateway.images_body import Endpoint as PicturesOf
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.multipart import is_multipart, multipart_head
+from engine.gateway.origin import Origins
 from engine.gateway.pages import make_pages, wrong_method
 from engine.gateway.routing import Directory
 from engine.gateway.upstream import Upstream
@@ -78,6 +80,7 @@ class Gateway:
         self._config = config
         self._database = Database(url_of(config))
         self._ring = KeyRing(self._database, snapshot=config.keys_snapshot)
+        self._origins = Origins(config.gateway.trusted_proxies)
         self.directory = Directory(self._make_upstream)
         self.metrics = GatewayMetrics()
         self._watch = RouteWatch(self.directory, socket=config.control_socket, file=config.routes_file)
@@ -85,10 +88,11 @@ class Gateway:
         self._control = ControlClient(config.control_socket)
         self._waking = Waking(self.directory, self.metrics, self._control, worker=os.getpid())
         first_bytes = FirstBytes()
+        self._gate = Gate(config, self.directory, self.metrics)
         self._usage = UsageReporter(
-            self.directory, self._waking, first_bytes, self._control, worker=os.getpid()
+            self.directory, self._waking, self._gate, first_bytes, self._control, worker=os.getpid()
         )
-        self._forwarder = Forwarder(self.directory, self.metrics, self._waking, first_bytes)
+        self._forwarder = Forwarder(self.directory, self.metrics, self._waking, first_bytes, self._gate)
         self._pages = make_pages(
             self.directory,
             self.metrics,
@@ -197,11 +201,12 @@ class Gateway:
         endpoint = ENDPOINTS.get(path)
         if endpoint is not None:
             exchange.endpoint = path
+        origin = self._origins.of(exchange.scope)
+        exchange.address = origin.shown
         admin = path.startswith("/admin/")
         if admin or (self._config.auth and path.startswith("/v1/")):
-            client = exchange.scope.get("client")
             given = exchange.headers.get(b"authorization")
-            caller = authenticate(self._ring, given, client[0] if client else None)
+            caller = authenticate(self._ring, given, origin.address)
             exchange.caller, exchange.key_id = caller, caller.key.id
             if admin:
                 check_admin(caller)
@@ -222,7 +227,7 @@ class Gateway:
         body = await read_body(receive, exchange, self._config.gateway.max_body_bytes)
         head = multipart_head(body, content_type) if as_form else json_head(body)
         served = self.directory.find(head.model)
-        exchange.model = served.route.id
+        exchange.model, exchange.ask = served.route.id, head.ask
         if exchange.caller is not None:
             check_allowed(exchange.caller, served.route)
         check_category(endpoint, served.route)

@@ -12,7 +12,8 @@ _CHALLENGE = {"www-authenticate": "Bearer"}
 
 
 def authenticate(ring: KeyRing, authorization: bytes | None, address: str | None) -> Caller:
-    """Whose key an `Authorization` header names; `address` is the caller's.
+    """Whose key an `Authorization` header names; `address` is the caller's, None where it cannot
+    be told.
 
     Raises:
         ApiError: 401 `invalid_api_key`, 403 `address_not_allowed`, 503 before the keys have been read; the
@@ -38,11 +39,10 @@ def authenticate(ring: KeyRing, authorization: bytes | None, address: str | None
     if state != "valid":
         raise _refused(_why(caller, state))
     if not caller.may_call_from(address):
-        raise ApiError(
-            403,
-            f"The API key may not be used from {address or 'this address'}. Ask the operator to allow it.",
-            code="address_not_allowed",
-        )
+        where = f"from {address}. Ask the operator to allow it"
+        if address is None:
+            where = "here: your address cannot be told (behind a proxy: its X-Forwarded-For is malformed)"
+        raise ApiError(403, f"The API key may not be used {where}.", code="address_not_allowed")
     return caller
 
 

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ApiError
+from engine.gateway.fair.costs import Ask
 from engine.metering.keyring import Caller
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Exchange:
 
     __slots__ = (
         "_send",
+        "address",
+        "ask",
         "bytes_in",
         "bytes_out",
         "caller",
@@ -68,7 +71,11 @@ class Exchange:
             self.request_id = self.upstream_id = "req_" + secrets.token_hex(12)
         self.endpoint = "other"
         self.model = ""
+        #: What of its body tells its cost; None until it is read.
+        self.ask: Ask | None = None
         self.key_id = "-"
+        #: The caller's address for the log; behind trusted proxies whom they name.
+        self.address = "-"
         #: Whose key it came with; None where none is asked for.
         self.caller: Caller | None = None
         #: The lines about the caller's limits in the answer's head, by its status; None where there are none.
