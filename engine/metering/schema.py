@@ -165,6 +165,16 @@ leases = Table(
     CheckConstraint("used >= 0 AND granted >= used", name="amounts"),
 )
 
+#: How far each life of a gateway worker is settled: no journal holds a row of it from before that moment, so
+#: that its rows may be replaced by sums without one of them turning up again.
+lives = Table(
+    "lives",
+    metadata,
+    Column("worker", String(64), primary_key=True),
+    # engine.metering.retention.ENDED once the life is over and its journal is in the ledger.
+    Column("settled_until", BigInteger, nullable=False),
+)
+
 rollups = Table(
     "rollups",
     metadata,

@@ -106,7 +106,7 @@ async def test_a_newer_schema_is_refused_and_left_alone(url: str) -> None:
     await migrate(database)
     async with database.writing() as connection:
         await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(DatabaseError, match=r"schema 9999, newer than this Hearth knows \(0002\)"):
+    with pytest.raises(DatabaseError, match=r"schema 9999, newer than this Hearth knows \(0003\)"):
         await migrate(database)
     await database.close()
 

@@ -17,7 +17,7 @@ from engine.metering.database import Database, DatabaseError, make_folder
 from engine.metering.schema import changes, metadata, tenants
 
 #: From the first to the newest. Alembic itself (0.15 s to import) is asked only where there is work for it.
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 _TABLE = "alembic_version"
 #: Any number of our own: PostgreSQL's name of the lock under which one process at a time migrates.
 _ADVISORY_LOCK = 0x48656172
