@@ -12,9 +12,9 @@ import os
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from engine.errors import nearest
@@ -184,8 +184,8 @@ class FairnessConfig(_Section):
     most_waiting: int = Field(
         default=256,
         ge=1,
-        description="Most requests of one gateway worker that wait for one model's replicas, unless the model has "
-        "`max_queue`; one more, or the newest of the key that has most waiting, is answered 429.",
+        description="Most requests of one gateway worker that wait for one model's replicas, unless the "
+        "model has `max_queue`; one more, or the newest of the key that has most waiting, is answered 429.",
     )
     wait_s: float = Field(
         default=60.0,
@@ -275,6 +275,33 @@ class ModelConfig(_Section):
     )
 
 
+def _tenant(name: str) -> str:
+    if not 0 < len(name) <= 200 or not name.isprintable() or name != name.strip():
+        raise ValueError("a tenant's name has 1 to 200 printable characters and no spaces around it")
+    return name
+
+
+class DedicatedConfig(_Section):
+    """Replicas and GPUs that one tenant owns: its keys go there, nobody else's do. The table is named by the
+    tenant's name or id, as `hearth tenants list` shows them."""
+
+    models: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Replicas of its own, always awake, by model: { smollm2-135m-instruct = 1 }. A model that "
+        "is served to nobody else (neither in the profile nor in [models], or not enabled there) is served to "
+        "this tenant alone.",
+    )
+    gpus: list[Annotated[int, Field(ge=0)]] = Field(
+        default_factory=list,
+        description="Numbers of GPUs of its own: its replicas stand on these, and nobody else's do; empty = "
+        "its replicas stand beside the shared ones.",
+    )
+    spill_over: bool = Field(
+        default=False,
+        description="True: its requests go to shared replicas while its own are full or not ready.",
+    )
+
+
 class Config(BaseSettings):
     """The whole configuration."""
 
@@ -312,6 +339,9 @@ class Config(BaseSettings):
     metering: MeteringConfig = Field(default_factory=MeteringConfig)
     models: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Per-model tables, and models to add."
+    )
+    dedicated: dict[Annotated[str, AfterValidator(_tenant)], DedicatedConfig] = Field(
+        default_factory=dict, description="Per-tenant tables of replicas and GPUs that it owns."
     )
 
     @classmethod
@@ -405,6 +435,10 @@ def load(file: Path | None = None, **overrides: Any) -> Config:
         raise ConfigError("\n".join(_explain(item, path) for item in error.errors())) from error
 
 
+#: Sections with a table for each name that a person gives.
+_TABLES: dict[str, type[BaseModel]] = {"models": ModelConfig, "dedicated": DedicatedConfig}
+
+
 def _explain(item: Any, path: Path) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
@@ -412,8 +446,11 @@ def _explain(item: Any, path: Path) -> str:
             f"{where}: {item['msg']} (got {item.get('input')!r}). Its meaning stands in hearth.example.toml."
         )
     section: Any = Config
-    for part in item["loc"][:-1]:
-        section = _section_of(section, str(part))
+    place = [str(part) for part in item["loc"][:-1]]
+    if len(place) > 1 and place[0] in _TABLES:
+        section, place = _TABLES[place[0]], place[2:]
+    for part in place:
+        section = _section_of(section, part)
     close = nearest(str(item["loc"][-1]), section.model_fields, most=1)
     hint = (
         f"Did you mean '{close[0]}'?" if close else f"Known here: {', '.join(sorted(section.model_fields))}."
@@ -422,10 +459,6 @@ def _explain(item: Any, path: Path) -> str:
 
 
 def _section_of(section: type[BaseModel], name: str) -> type[BaseModel]:
-    if section is Config and name == "models":
-        return Config
-    if section is Config and name not in Config.model_fields:
-        return ModelConfig
     field = section.model_fields.get(name)
     kind = field.annotation if field else None
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else section
@@ -441,7 +474,7 @@ def _refuse_unknown_environment() -> None:
         if not variable.startswith("HEARTH_") or variable in _OTHER_VARIABLES:
             continue
         head, *rest = variable.removeprefix("HEARTH_").lower().split("__")
-        section = _section_of(Config, head) if rest and head != "models" else None
+        section = _section_of(Config, head) if rest and head not in _TABLES else None
         if f"HEARTH_{head.upper()}" in known and (section is None or rest[0] in section.model_fields):
             continue
         every = known | {

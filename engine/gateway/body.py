@@ -9,6 +9,7 @@ import msgspec
 
 from engine.errors import ApiError, bad_request
 from engine.gateway.exchange import ClientGoneError, Exchange, Receive
+from engine.gateway.fair.costs import Ask
 
 
 class Head(NamedTuple):
@@ -16,6 +17,7 @@ class Head(NamedTuple):
 
     model: str
     stream: bool
+    ask: Ask = Ask()
 
 
 class _Wanted(msgspec.Struct):
@@ -23,6 +25,13 @@ class _Wanted(msgspec.Struct):
 
     model: Any = msgspec.UNSET
     stream: Any = None
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    n: Any = None
+    size: Any = None
+    steps: Any = None
+    num_inference_steps: Any = None
+    service_tier: Any = None
 
 
 _DECODER = msgspec.json.Decoder(_Wanted)
@@ -92,7 +101,7 @@ def check_json_type(content_type: bytes | None) -> None:
 
 
 def json_head(body: bytes) -> Head:
-    """`model` and `stream` of a JSON body; everything else is skipped, not built.
+    """`model`, `stream` and what tells the cost of a JSON body; everything else is skipped, not built.
 
     Raises:
         ApiError: 400 for an empty body, one that is not UTF-8, not JSON, not an object, or whose model or
@@ -117,7 +126,19 @@ def json_head(body: bytes) -> Head:
         raise malformed(body, str(error)) from None
     except RecursionError:
         raise _too_deep() from None
-    return Head(_model(wanted.model), _stream(wanted.stream))
+    return Head(_model(wanted.model), _stream(wanted.stream), _ask(wanted))
+
+
+def _ask(wanted: _Wanted) -> Ask:
+    most = wanted.max_completion_tokens
+    steps = wanted.num_inference_steps
+    return Ask(
+        wanted.max_tokens if most is None else most,
+        wanted.n,
+        wanted.size,
+        wanted.steps if steps is None else steps,
+        wanted.service_tier == "flex",
+    )
 
 
 def malformed(body: bytes, reason: str) -> ApiError:

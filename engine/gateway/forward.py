@@ -8,6 +8,7 @@ import re
 from engine.errors import ApiError
 from engine.gateway.events import EventBuffer
 from engine.gateway.exchange import Exchange, Send, send_error
+from engine.gateway.fair.gate import Gate, Place
 from engine.gateway.firstbytes import FirstBytes
 from engine.gateway.loading import not_ready
 from engine.gateway.metrics import GatewayMetrics
@@ -45,20 +46,35 @@ class Forwarder:
     """Sends requests to the replicas of a directory."""
 
     def __init__(
-        self, directory: Directory, metrics: GatewayMetrics, waking: Waking, first_bytes: FirstBytes
+        self,
+        directory: Directory,
+        metrics: GatewayMetrics,
+        waking: Waking,
+        first_bytes: FirstBytes,
+        gate: Gate,
     ) -> None:
         self._directory = directory
         self._metrics = metrics
         self._waking = waking
         self._first_bytes = first_bytes
+        self._gate = gate
 
     async def forward(self, exchange: Exchange, send: Send, model: str, path: str, body: bytes) -> None:
-        """Answers the request with what a replica of the model (its id) says.
+        """Answers the request, when it is its turn, with what a replica of the model (its id) says.
 
         Raises:
-            ApiError: 429 all replicas full; 503 none ready and not to be waited for (any longer), or lost
-            before anything had been sent to the client.
+            ApiError: 429 too many wait, or all replicas are full; 503 none ready and not to be waited for
+            (any longer), its turn did not come in time, or lost before anything had been sent to the client.
         """
+        place = self._gate.place(exchange)
+        try:
+            await self._forward(exchange, send, model, path, body, place)
+        finally:
+            place.leave()
+
+    async def _forward(
+        self, exchange: Exchange, send: Send, model: str, path: str, body: bytes, place: Place
+    ) -> None:
         headers = {
             name.decode("latin-1"): value.decode("latin-1")
             for name in _PASSED_ON
@@ -73,11 +89,15 @@ class Forwarder:
         asleep_at: int | None = None
         pause_s = _FIRST_PAUSE_S
         while True:
+            if not place.enter(self._directory.find(model), without, len(body)):
+                await place.turn()
             # Nothing is awaited from this look at the table in force until the request is counted (`taken`):
             # the scheduler puts a replica to sleep once this worker has acknowledged a table without it
             # and reported nothing in flight there, and no request may slip in between.
-            upstream = self._directory.find(model).choose(without, tenant=tenant)
+            upstream = self._directory.find(model).choose_in(place.pool, without)
             if upstream is None:
+                # Who waits for a model to wake keeps no place from others.
+                place.step_back()
                 if lost and asleep_at is None:
                     await self._news_of_lost(model, tenant)
                 lost = False

@@ -87,6 +87,20 @@ class GatewayMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self._queued = Gauge(
+            "hearth_queue_waiting",
+            "Requests that wait for their turn at the model's replicas.",
+            ("model",),
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self._queue_waits = Histogram(
+            "hearth_queue_wait_seconds",
+            "How long requests that had to wait for their turn did so, however the wait ended, seconds.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
         # Looking children up by their labels costs more than counting does.
         self._times: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
         self._counts: dict[tuple[str, str, int], Counter] = {}
@@ -106,6 +120,14 @@ class GatewayMetrics:
     def waited(self, model: str, seconds: float) -> None:
         """A request has waited for the model to wake."""
         self._waits.labels(model).observe(seconds)
+
+    def queued(self, model: str, more: int) -> None:
+        """So many more requests wait for their turn at the model's replicas."""
+        self._queued.labels(model).inc(more)
+
+    def queue_waited(self, model: str, seconds: float) -> None:
+        """A request has waited for its turn."""
+        self._queue_waits.labels(model).observe(seconds)
 
     def lost(self, model: str) -> None:
         self._lost.labels(model).inc()

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from engine.gateway.control import AWAY, ControlClient
+from engine.gateway.fair.gate import Gate
 from engine.gateway.firstbytes import FirstBytes
 from engine.gateway.routing import Directory
 from engine.gateway.waking import Waking
@@ -36,6 +37,7 @@ class UsageReporter:
         self,
         directory: Directory,
         waking: Waking,
+        gate: Gate,
         first_bytes: FirstBytes,
         control: ControlClient,
         *,
@@ -43,6 +45,7 @@ class UsageReporter:
     ) -> None:
         self._directory = directory
         self._waking = waking
+        self._gate = gate
         self._first_bytes = first_bytes
         self._control = control
         self._worker = worker
@@ -83,7 +86,7 @@ class UsageReporter:
         for served in self._directory:
             id, mean = served.route.id, self._first_bytes.mean(served.route.id)
             models[id] = {
-                "waiting": self._waking.waiting(id),
+                "waiting": self._waking.waiting(id) + self._gate.waiting(id),
                 "first_byte_s": None if mean is None else round(mean, 4),
             }
         return models

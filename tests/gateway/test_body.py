@@ -28,7 +28,7 @@ def test_model_and_stream_are_read_from_any_object(rest: dict[str, object], mode
         body = json.dumps({**rest, "model": model, "stream": stream}, ensure_ascii=ascii_).encode(
             "utf-8", "surrogatepass"
         )
-        assert json_head(body) == (model, bool(stream))
+        assert json_head(body)[:2] == (model, bool(stream))
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='{}[]",:0model ').map(str.encode))

@@ -1,0 +1,348 @@
+"""Who is next at a model's replicas: start-time fair queueing over keys, within a window. Pure.
+
+Start-time fair queueing: Goyal, Vin and Cheng, "Start-time Fair Queueing: A Scheduling Algorithm for
+Integrated Services Packet Switching Networks", SIGCOMM 1996; with several requests at the server at once (its
+SFQ(D)): Jin, Chase and Kaur, "Interposed Proportional Sharing for a Storage Service Utility", 2004.
+Each flow has a tag, the start tag of its next request; the least goes first, and its flow's tag grows by
+cost / weight. A flow that was away begins at the virtual time, which is the largest start tag that has been
+served. When a request has ended, its flow's tag is corrected by what the estimate was off.
+
+That alone is not enough: engines do not interrupt what they have begun, so whoever fills the window while the
+others pause makes them wait when they return. While several flows are active, each therefore has no more than
+its share of the window, in requests and in work, and always at least one request.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+#: Time constant of the measured rates, seconds.
+_TAU_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The bounds of one line."""
+
+    most_waiting: int = 256
+    #: A flow counts as active for this long after its last request, seconds.
+    active_s: float = 10.0
+
+
+class Entry:
+    """One request: waiting, or at a replica, or neither."""
+
+    __slots__ = ("batch", "cost", "flow", "since", "size", "state", "subject", "weight")
+
+    def __init__(
+        self, subject: str, cost: float, *, weight: float = 1.0, batch: bool = False, size: int = 0
+    ) -> None:
+        self.subject = subject
+        self.weight = weight
+        self.batch = batch
+        self.cost = cost
+        #: Bytes that it keeps in memory while it waits.
+        self.size = size
+        #: "out" (before and after), "waiting", "running"; "evicted" = it has had to give way.
+        self.state = "out"
+        #: When it entered its state, on the caller's clock.
+        self.since = 0.0
+        self.flow: Flow | None = None
+
+
+class Flow:
+    """What one subject has in the line, apart for interactive and batch requests."""
+
+    __slots__ = ("batch", "key", "last", "mean", "queued", "running", "tag", "waiting", "weight", "work")
+
+    def __init__(self, key: tuple[str, bool], weight: float, tag: float, mean: float) -> None:
+        self.key = key
+        self.batch = key[1]
+        self.weight = weight
+        self.tag = tag
+        self.waiting: deque[Entry] = deque()
+        #: Cost of those that wait.
+        self.queued = 0.0
+        self.running = 0
+        #: Cost of those that run, as estimated.
+        self.work = 0.0
+        #: Mean cost of one of its requests.
+        self.mean = mean
+        self.last = 0.0
+
+
+class Line:
+    """Requests for one pool of replicas."""
+
+    def __init__(self, rules: Rules, window: int | None) -> None:
+        """
+        Args:
+            window: most requests at the replicas at once; None = any number.
+        """
+        self.rules = rules
+        self.window = window
+        self.running = 0
+        self.waiting = 0
+        #: Cost of all that wait.
+        self.queued = 0.0
+        self._batch_running = 0
+        self._virtual = 0.0
+        #: The largest tag that any flow has had.
+        self._latest = 0.0
+        #: Active flows, the one longest without a request first.
+        self._flows: dict[tuple[str, bool], Flow] = {}
+        #: Sums over the active flows: weights of the interactive and of all, mean costs.
+        self._interactive = 0.0
+        self._weights = 0.0
+        self._means = 0.0
+        #: Work done, and seconds, while others waited: both fade.
+        self._done = 0.0
+        self._busy_s = 0.0
+        self._marked = 0.0
+        #: Mean seconds at a replica.
+        self._stay_s = 0.0
+
+    def enter(self, entry: Entry, now: float) -> list[Entry] | None:
+        """Lets it run or wait (see its state), or refuses it: its state is "evicted" then.
+
+        Returns:
+            Those that have to give way to it; None when it runs at once.
+        """
+        flow = self._flow(entry, now)
+        entry.flow = flow
+        entry.since = now
+        if not flow.waiting and flow.tag < self._virtual:
+            flow.tag = self._virtual
+        if self._may_run(flow, entry.cost) or (self._sweep(now) and self._may_run(flow, entry.cost)):
+            self._run(entry, flow, now)
+            return None
+        return self._queue(entry, flow, now)
+
+    def end(self, entry: Entry, actual: float | None, now: float) -> list[Entry]:
+        """It has left its replica: those that run now instead.
+
+        Args:
+            actual: what it has cost; None = it gives its place back unused.
+        """
+        flow = entry.flow
+        assert flow is not None and entry.state == "running"
+        entry.state = "out"
+        self.running -= 1
+        flow.running -= 1
+        flow.work = flow.work - entry.cost if flow.running else 0.0
+        if flow.batch:
+            self._batch_running -= 1
+        flow.tag += ((actual or 0.0) - entry.cost) / flow.weight
+        if flow.tag > self._latest:
+            self._latest = flow.tag
+        self._touch(flow, now)
+        if actual is not None:
+            stay = now - entry.since
+            self._stay_s = stay if not self._stay_s else self._stay_s + 0.1 * (stay - self._stay_s)
+        if not self.running and not self.waiting:
+            # The end of a busy period: nobody keeps a debt (Goyal et al., rule 2).
+            self._virtual = self._latest
+            return []
+        if not self.waiting:
+            return []
+        self._measure(actual or 0.0, now)
+        return self.advance(now)
+
+    def withdraw(self, entry: Entry) -> None:
+        """It waits no longer."""
+        flow = entry.flow
+        assert flow is not None and entry.state == "waiting"
+        flow.waiting.remove(entry)
+        self._forget(entry, flow)
+        entry.state = "out"
+
+    def resize(self, window: int | None, now: float) -> list[Entry]:
+        """Another window: those that run now."""
+        self.window = window
+        return self.advance(now) if self.waiting else []
+
+    def advance(self, now: float) -> list[Entry]:
+        """Lets all run that may; returns them in their order."""
+        self._sweep(now)
+        begun = []
+        while self.waiting and (flow := self._next()) is not None:
+            entry = flow.waiting.popleft()
+            self._forget(entry, flow)
+            self._run(entry, flow, now)
+            begun.append(entry)
+        return begun
+
+    def outlook_s(self, subject: str, batch: bool = False) -> float:
+        """How long until what waits of a flow, or ahead of its first request, has been let in, seconds.
+
+        By the rate at which work has left while others waited, and the flow's share of it; before there is
+        such a rate, by how long a request stays at a replica.
+        """
+        flow = self._flows.get((subject, batch))
+        ahead = flow.queued if flow is not None and flow.queued else self.queued
+        if not ahead:
+            return self._stay_s
+        share = 1.0
+        if flow is not None and flow.queued:
+            rivals = [each for each in self._flows.values() if each.waiting and each.batch == batch]
+            share = flow.weight / sum(each.weight for each in rivals)
+        if self._busy_s > 0 and self._done > 0:
+            return ahead * self._busy_s / (self._done * share)
+        mean = self.queued / self.waiting
+        return self._stay_s * ahead / (mean * max(1, self.running) * share)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not self.waiting and not self.running
+
+    def _flow(self, entry: Entry, now: float) -> Flow:
+        key = (entry.subject, entry.batch)
+        flow = self._flows.get(key)
+        if flow is None:
+            self._sweep(now)
+            flow = self._flows[key] = Flow(key, entry.weight, self._virtual, entry.cost)
+            flow.last = now
+            self._weights += flow.weight
+            if not flow.batch:
+                self._interactive += flow.weight
+            self._means += flow.mean
+            return flow
+        if entry.weight != flow.weight:
+            self._weights += entry.weight - flow.weight
+            if not flow.batch:
+                self._interactive += entry.weight - flow.weight
+            flow.weight = entry.weight
+        step = 0.1 * (entry.cost - flow.mean)
+        flow.mean += step
+        self._means += step
+        self._touch(flow, now)
+        return flow
+
+    def _touch(self, flow: Flow, now: float) -> None:
+        flow.last = now
+        # The order of the mapping is that of the last requests.
+        del self._flows[flow.key]
+        self._flows[flow.key] = flow
+
+    def _sweep(self, now: float) -> bool:
+        """Forgets the flows that are not active any more, and their debts; whether there were any."""
+        old = now - self.rules.active_s
+        gone = []
+        for flow in self._flows.values():
+            if flow.last > old:
+                break
+            if not flow.running and not flow.waiting:
+                gone.append(flow)
+        for flow in gone:
+            del self._flows[flow.key]
+            self._weights -= flow.weight
+            if not flow.batch:
+                self._interactive -= flow.weight
+            self._means -= flow.mean
+        if not self._flows:
+            # No rounding errors are carried on for ever.
+            self._weights = self._interactive = self._means = 0.0
+        return bool(gone)
+
+    def _has_room(self, flow: Flow, cost: float) -> bool:
+        """Whether a request of this cost may run now, as far as window and shares go."""
+        window = self.window
+        if window is None:
+            return True
+        if self.running >= window:
+            return False
+        if flow.batch and self._interactive and self._batch_running >= max(1, window // 2):
+            # Those who sit and wait must find room when they come.
+            return False
+        if not flow.running or len(self._flows) == 1:
+            return True
+        rivals = self._weights if flow.batch else self._interactive
+        if rivals <= flow.weight:
+            return True
+        share = window * flow.weight / rivals
+        if flow.running + 1 > math.ceil(share - 1e-9):
+            return False
+        # Each flow has one vote on what a request usually is, however many it sends.
+        return flow.work + cost <= share * self._means / len(self._flows)
+
+    def _may_run(self, flow: Flow, cost: float) -> bool:
+        """Whether a request that comes now runs at once."""
+        if flow.waiting or not self._has_room(flow, cost):
+            return False
+        if not self.waiting:
+            return True
+        # Whoever waits beside a free place is held by its share alone, or by one that has just ended.
+        other = self._next()
+        return other is None or (flow.batch, flow.tag) < (other.batch, other.tag)
+
+    def _next(self) -> Flow | None:
+        """The flow whose first request runs next; None = nobody may. At most `most_waiting` are looked at."""
+        best: Flow | None = None
+        for flow in self._flows.values():
+            if not flow.waiting:
+                continue
+            if best is not None and (best.batch, best.tag) <= (flow.batch, flow.tag):
+                continue
+            if self._has_room(flow, flow.waiting[0].cost):
+                best = flow
+        return best
+
+    def _run(self, entry: Entry, flow: Flow, now: float) -> None:
+        if flow.tag > self._virtual:
+            self._virtual = flow.tag
+        flow.tag += entry.cost / flow.weight
+        if flow.tag > self._latest:
+            self._latest = flow.tag
+        flow.running += 1
+        flow.work += entry.cost
+        self.running += 1
+        if flow.batch:
+            self._batch_running += 1
+        entry.state = "running"
+        entry.since = now
+
+    def _queue(self, entry: Entry, flow: Flow, now: float) -> list[Entry]:
+        if not self.waiting:
+            self._marked = now
+        entry.state = "waiting"
+        flow.waiting.append(entry)
+        flow.queued += entry.cost
+        self.waiting += 1
+        self.queued += entry.cost
+        return [self.evict()] if self.waiting > self.rules.most_waiting else []
+
+    def evict(self) -> Entry:
+        """The newest of the flow with the most work waiting for its weight gives way; batch before others.
+
+        So that a full line refuses the one who fills it, not whoever comes next.
+        """
+        flow = max(
+            self._waiting_flows(),
+            # Of equals the one that came last.
+            key=lambda each: (each.batch, each.queued / each.weight, each.waiting[-1].since),
+        )
+        entry = flow.waiting.pop()
+        self._forget(entry, flow)
+        entry.state = "evicted"
+        return entry
+
+    def _waiting_flows(self) -> Iterator[Flow]:
+        return (flow for flow in self._flows.values() if flow.waiting)
+
+    def _forget(self, entry: Entry, flow: Flow) -> None:
+        """Takes it, which has left its flow's queue, out of the counts."""
+        self.waiting -= 1
+        flow.queued = flow.queued - entry.cost if flow.waiting else 0.0
+        self.queued = self.queued - entry.cost if self.waiting else 0.0
+
+    def _measure(self, work: float, now: float) -> None:
+        """Work has been done while others waited."""
+        past = now - self._marked
+        self._marked = now
+        fade = math.exp(-past / _TAU_S)
+        self._done = self._done * fade + work
+        self._busy_s = self._busy_s * fade + past
