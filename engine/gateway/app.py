@@ -24,7 +24,7 @@ from engine.gateway.body import check_json_type, json_head, read_body
 from engine.gateway.content import refuse_pictures
 from engine.gateway.control import ControlClient
 from engine.gateway.endpoints import ENDPOINTS, Endpoint, check_category
-from engine.gateway.exchange import CLIENT_GONE, ClientGoneError, Exchange, send_error
+from engine.gateway.exchange import CLIENT_GONE, SCOPE_KEY, ClientGoneError, Exchange, send_error
 from engine.gateway.fair.gate import Gate
 from engine.gateway.fim import fill_in_middle
 from engine.gateway.firstbytes import FirstBytes
@@ -50,8 +50,6 @@ from engine.routes import ModelRoute
 
 log = logging.getLogger("hearth.gateway")
 
-#: Where a request's Exchange is kept in its ASGI scope.
-_EXCHANGE = "hearth.exchange"
 _EXPOSED = [
     "x-request-id",
     "openai-processing-ms",
@@ -97,7 +95,7 @@ class Gateway:
             self.directory,
             self.metrics,
             make_admin(self._database, self._ring),
-            make_usage(self._database, who=lambda request: request.scope[_EXCHANGE].caller),
+            make_usage(self._database, who=lambda request: request.scope[SCOPE_KEY].caller),
         )
         self._entry: ASGIApp = self._answer
         if config.gateway.cors_origins:
@@ -141,7 +139,7 @@ class Gateway:
             await self._lifespan(receive, send)
             return
         exchange = Exchange(scope, send)
-        scope[_EXCHANGE] = exchange
+        scope[SCOPE_KEY] = exchange
         try:
             await self._entry(scope, receive, exchange.send)
         finally:
@@ -160,7 +158,7 @@ class Gateway:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; a failure ends here: as an envelope or, in mid-answer, a closed connection."""
-        exchange: Exchange = scope[_EXCHANGE]
+        exchange: Exchange = scope[SCOPE_KEY]
         limit_s = self._config.gateway.request_timeout_s
         try:
             async with asyncio.timeout(limit_s) as limit:

@@ -23,6 +23,9 @@ Send = Callable[[Message], Awaitable[None]]
 #: Status of the log line and the metrics when the client left before an answer began (nginx's number).
 CLIENT_GONE = 499
 
+#: Where a request's Exchange is kept in its ASGI scope.
+SCOPE_KEY = "hearth.exchange"
+
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 

@@ -18,10 +18,12 @@ from engine.gateway import schemas
 from engine.gateway.admin import handle_failures
 from engine.gateway.documents import add_forwarded
 from engine.gateway.endpoints import ENDPOINTS
+from engine.gateway.exchange import SCOPE_KEY, Exchange
 from engine.gateway.loading import first_line, remaining_s
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.routing import Directory, Served
 from engine.gateway.scrape import scrape
+from engine.metering.keyring import Caller
 
 #: Where a standby model is in the course of its service, ready to be asked for.
 _IN_SERVICE = ("asleep", "waking", "draining")
@@ -41,11 +43,15 @@ def make_pages(directory: Directory, metrics: GatewayMetrics, *more: APIRouter) 
     _handle_errors(pages)
     handle_failures(pages)
 
-    @pages.get("/v1/models", tags=["models"], summary="The served models")
-    async def models() -> schemas.ModelList:
-        now = time.time()
+    @pages.get("/v1/models", tags=["models"], summary="The served models that the key may use")
+    async def models(request: Request) -> schemas.ModelList:
+        now, caller = time.time(), caller_of(request)
         return schemas.ModelList(
-            data=[card(served, now, directory.elapsed_s(served.route.id)) for served in directory]
+            data=[
+                card(served, now, directory.elapsed_s(served.route.id))
+                for served in directory
+                if may_see(caller, served)
+            ]
         )
 
     @pages.get(
@@ -54,8 +60,8 @@ def make_pages(directory: Directory, metrics: GatewayMetrics, *more: APIRouter) 
         summary="One model, by name or alias",
         responses={404: {"model": schemas.Error}},
     )
-    async def model(id: str) -> schemas.ModelCard:
-        served = directory.find(id)
+    async def model(request: Request, id: str) -> schemas.ModelCard:
+        served = find_for(caller_of(request), directory, id)
         return card(served, time.time(), directory.elapsed_s(served.route.id))
 
     @pages.head("/health", include_in_schema=False)
@@ -81,6 +87,43 @@ def make_pages(directory: Directory, metrics: GatewayMetrics, *more: APIRouter) 
         pages.include_router(router)
     _document(pages)
     return pages
+
+
+def caller_of(request: Request) -> Caller | None:
+    """Whose key a page was asked for with; None where none is needed."""
+    exchange: Exchange = request.scope[SCOPE_KEY]
+    return exchange.caller
+
+
+def may_see(caller: Caller | None, served: Served) -> bool:
+    """Whether a model is told of: only what the key may use."""
+    return caller is None or caller.may_use(served.route.id, served.route.category)
+
+
+def find_for(caller: Caller | None, directory: Directory, name: str) -> Served:
+    """The model of a name or alias, for one who may use it.
+
+    To a key that is held to some models the others are not there, as with OpenAI: the answer is the same for
+    one that it may not use and for one that does not exist.
+
+    Raises:
+        ApiError: 404 `model_not_found`.
+    """
+    try:
+        served = directory.find(name)
+    except ApiError:
+        if all(may_see(caller, each) for each in directory):
+            raise
+    else:
+        if may_see(caller, served):
+            return served
+    shown = name if len(name) <= 100 else name[:100] + "…"
+    raise ApiError(
+        404,
+        f"There is no model '{shown}' here, or this key may not use it. GET /v1/models lists those it may.",
+        param="model",
+        code="model_not_found",
+    )
 
 
 def card(served: Served, now: float, elapsed_s: float | None) -> schemas.ModelCard:

@@ -12,8 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.gateway.endpoints import ENDPOINTS
 from engine.gateway.scrape import Page, merged
+from engine.metering import keys
+from engine.metering.keys import Allowed
+from engine.metering.opening import opened
 from engine.routes import ExpertBalance
-from tests.gateway.dummy import DummyRunner, House, open_house, route
+from tests.gateway.dummy import KEY, DummyRunner, House, open_house, route
 
 CHAT = "/v1/chat/completions"
 
@@ -50,6 +53,49 @@ async def test_one_model_by_name_alias_or_name_with_a_slash(house: House, runner
     with pytest.raises(openai.NotFoundError) as caught:
         await house.openai.models.retrieve("org/smoll")
     assert caught.value.code == "model_not_found" and "'org/smol'" in caught.value.message
+
+
+async def test_a_key_sees_the_models_that_it_may_use(house: House, runner: DummyRunner) -> None:
+    house.serve(
+        route("smol", runner, aliases=["gpt-4"]),
+        route("smol-2", runner),
+        route("ears", category="audio"),
+        route("eyes", category="vision"),
+    )
+    async with opened(house.config) as database:
+        some, _ = await keys.create(database, allowed=Allowed(models=("smol",)))
+        hear, _ = await keys.create(database, allowed=Allowed(categories=("audio", "vision")))
+        both, _ = await keys.create(database, allowed=Allowed(models=("smol", "ears"), categories=("chat",)))
+    await house.gateway._ring.refresh()
+
+    async def listed(key: str) -> list[str]:
+        _, text, _ = await house.get("/v1/models", authorization=f"Bearer {key}")
+        return [each["id"] for each in json.loads(text)["data"]]
+
+    assert await listed(some) == ["smol"]
+    assert await listed(hear) == ["ears", "eyes"]
+    assert await listed(both) == ["smol"], "both restrictions hold"
+    assert await listed(KEY) == ["smol", "smol-2", "ears", "eyes"]
+    for name in ("smol", "gpt-4"):
+        status, text, _ = await house.get(f"/v1/models/{name}", authorization=f"Bearer {some}")
+        assert (status, json.loads(text)["id"]) == (200, "smol")
+    told = set()
+    for name in ("smol-2", "smol-3"):
+        status, text, _ = await house.get(f"/v1/models/{name}", authorization=f"Bearer {some}")
+        error = json.loads(text)["error"]
+        assert (status, error["code"]) == (404, "model_not_found")
+        told.add(error["message"].replace(name, ""))
+    assert len(told) == 1, "one that is hidden and one that is not there are told alike"
+
+
+async def test_without_keys_everybody_sees_every_model(
+    short: Path, tmp_path: Path, runner: DummyRunner
+) -> None:
+    async with open_house(tmp_path, route("smol", runner), route("ears"), auth=False) as house:
+        async with house.http.get(house.base + "/v1/models") as answer:
+            assert [each["id"] for each in (await answer.json())["data"]] == ["smol", "ears"]
+        async with house.http.get(house.base + "/v1/models/ears") as answer:
+            assert answer.status == 200
 
 
 async def test_health_readiness_and_metrics_need_no_key(house: House) -> None:
