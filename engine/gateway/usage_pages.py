@@ -16,14 +16,12 @@ from pydantic import BaseModel, Field
 
 from engine.errors import ApiError, bad_request
 from engine.gateway.admin import FAILURES
-from engine.metering import keys, tenants
 from engine.metering.database import Database, DatabaseAwayError, DatabaseError
 from engine.metering.keyring import Caller
-from engine.metering.lookup import NotFoundError
 from engine.metering.moments import MomentError, Span, parse_moment, shown_moment, span_of
 from engine.metering.plans import Budget
 from engine.metering.standing import Standing, read_standing
-from engine.metering.usage import Asked, read_usage, was_used
+from engine.metering.usage import Asked, asked_of, read_usage
 
 log = logging.getLogger("hearth.usage")
 
@@ -203,32 +201,11 @@ def make_usage(
     ) -> AdminUsage:
         span = _span(since, until, "month", round(clock() * 1000))
         await settle()
-        asked = await resolve(database, tenant, key, span)
+        asked = await asked_of(database, tenant, key, span)
         found = await read_usage(database, asked, owners=True)
         return AdminUsage(**_document(found.document(), span), key=asked.key_id, tenant=asked.tenant_id)
 
     return router
-
-
-async def resolve(database: Database, tenant: str | None, key: str | None, span: Span) -> Asked:
-    """What is asked for, by ids; a key or tenant that is no more, but was charged, goes by its id.
-
-    Raises:
-        AccessError: there is none of that name, or there are several.
-        DatabaseError: the database failed.
-    """
-    tenant_id, key_id = tenant, key
-    try:
-        tenant_id = None if tenant is None else (await tenants.find(database, tenant)).id
-    except NotFoundError:
-        if not await was_used(database, Asked(tenant_id=tenant)):
-            raise
-    try:
-        key_id = None if key is None else (await keys.find(database, key)).id
-    except NotFoundError:
-        if not await was_used(database, Asked(key_id=key)):
-            raise
-    return Asked(key_id, tenant_id, span.since, span.until)
 
 
 def _span(since: str | None, until: str | None, period: Literal["month", "day"], now: int) -> Span:

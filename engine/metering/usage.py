@@ -1,7 +1,7 @@
-"""What was used: totals by day, model and category, and what becomes of old rows.
+"""What was used: totals by day, model, category, key and tenant.
 
-Days and months are UTC. Old months are rolled up: their rows are replaced by sums for each tenant, key, model
-and category, in one transaction, so that a total is the same before and after.
+Days and months are UTC. Of old months there are sums in place of rows (`retention.py`); a total is the same
+before and after.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, delete, func, literal, select, union_all
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import ColumnElement, Select, func, literal, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from engine.metering import schema
+from engine.metering import keys, schema, tenants
 from engine.metering.database import Database
+from engine.metering.lookup import NotFoundError
+from engine.metering.moments import Span
+from engine.metering.pricing import period_name
 
 _DAY_MS = 86_400_000
 
@@ -105,6 +107,27 @@ async def read_usage(database: Database, asked: Asked, *, owners: bool = False) 
     )
 
 
+async def asked_of(database: Database, tenant: str | None, key: str | None, span: Span) -> Asked:
+    """What is asked for by names or ids; a key or tenant that is no more, but was charged, goes by its id.
+
+    Raises:
+        AccessError: there is none of that name, or there are several.
+        DatabaseError: the database failed.
+    """
+    tenant_id, key_id = tenant, key
+    try:
+        tenant_id = None if tenant is None else (await tenants.find(database, tenant)).id
+    except NotFoundError:
+        if not await was_used(database, Asked(tenant_id=tenant)):
+            raise
+    try:
+        key_id = None if key is None else (await keys.find(database, key)).id
+    except NotFoundError:
+        if not await was_used(database, Asked(key_id=key)):
+            raise
+    return Asked(key_id, tenant_id, span.since, span.until)
+
+
 async def was_used(database: Database, asked: Asked) -> bool:
     """Whether there is any row or sum of this key or tenant, of whatever time.
 
@@ -133,58 +156,6 @@ async def _sums(
     ]
 
 
-async def roll_up(database: Database, before: str) -> int:
-    """Replaces the rows of all months before `before` ("2026-11") by sums; how many rows that were.
-
-    Leases of those months that are settled go too. A month in which a worker's lease is open stays: it is
-    settled from the rows.
-
-    Raises:
-        ValueError: `before` is no month, or one that is not over.
-        DatabaseError: the database failed; nothing changed.
-    """
-    end = _month_start(before)
-    if end > datetime.now(UTC).timestamp() * 1000:
-        raise ValueError(f"{before} has not begun: only months that are over are rolled up.")
-    ledger, rollups, leases = schema.ledger, schema.rollups, schema.leases
-    rolled = 0
-    async with database.writing() as connection:
-        if connection.dialect.name == "postgresql":
-            # The sums and the deletion must see the same rows; a late row then waits for the next time.
-            await connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-        open_leases = await connection.execute(
-            select(leases.c.period).where(leases.c.settled_at.is_(None)).distinct()
-        )
-        kept = sorted({period[:7] for (period,) in open_leases})
-        oldest = await connection.scalar(select(func.min(ledger.c.at)))
-        for month in _months(oldest, end):
-            if month in kept:
-                continue
-            start, stop = _month_start(month), _month_start(_next_month(month))
-            inside = (ledger.c.at >= start) & (ledger.c.at < stop)
-            names = ("tenant_id", "key_id", "model", "category", "unit")
-            columns = [ledger.c[name] for name in names]
-            sums = select(literal(month), *columns, func.count(), func.sum(ledger.c.charge))
-            dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-            insert = dialect.insert(rollups).from_select(
-                ["month", *names, "requests", "charge"], sums.where(inside).group_by(*columns)
-            )
-            await connection.execute(
-                insert.on_conflict_do_update(
-                    index_elements=list(rollups.primary_key),
-                    set_={
-                        "requests": rollups.c.requests + insert.excluded.requests,
-                        "charge": rollups.c.charge + insert.excluded.charge,
-                    },
-                )
-            )
-            rolled += (await connection.execute(delete(ledger).where(inside))).rowcount
-            await connection.execute(
-                delete(leases).where(leases.c.period.startswith(month), leases.c.settled_at.is_not(None))
-            )
-    return rolled
-
-
 def _from_ledger(asked: Asked, names: Sequence[str]) -> Select[Any]:
     table = schema.ledger
     # A day that is no column yet, and the month of what is not rolled up.
@@ -205,12 +176,11 @@ def _from_rollups(asked: Asked, names: Sequence[str]) -> Select[Any]:
     columns = _columns(table, made, names)
     query = select(*columns, table.c.requests, table.c.charge)
     if asked.since is not None:
-        first = _month_of(asked.since)
-        if _month_start(first) < asked.since:
-            first = _next_month(first)
-        query = query.where(table.c.month >= first)
+        # The first month that begins no earlier.
+        before = period_name("month", max(0, asked.since - 1))
+        query = query.where(table.c.month > before) if asked.since > 0 else query
     if asked.until is not None:
-        query = query.where(table.c.month <= _month_of(asked.until - 1))
+        query = query.where(table.c.month <= period_name("month", max(0, asked.until - 1)))
     return _owned(query, table, asked)
 
 
@@ -240,34 +210,3 @@ def _summed(named: list[tuple[str, Line]]) -> list[Line]:
 
 def _day(number: int) -> str:
     return datetime.fromtimestamp(number * _DAY_MS / 1000, UTC).strftime("%Y-%m-%d")
-
-
-def _month_of(at: int) -> str:
-    return datetime.fromtimestamp(at / 1000, UTC).strftime("%Y-%m")
-
-
-def _month_start(month: str) -> int:
-    """Unix milliseconds of a month's begin.
-
-    Raises:
-        ValueError: it is no month.
-    """
-    try:
-        return int(datetime.strptime(month, "%Y-%m").replace(tzinfo=UTC).timestamp() * 1000)
-    except ValueError:
-        raise ValueError(f"{month!r} is no month: write it as 2026-11.") from None
-
-
-def _next_month(month: str) -> str:
-    year, number = int(month[:4]), int(month[5:])
-    return f"{year + number // 12:04d}-{number % 12 + 1:02d}"
-
-
-def _months(oldest: int | None, end: int) -> list[str]:
-    """The months from the one of `oldest` up to, and without, the one that begins at `end`."""
-    months: list[str] = []
-    month = _month_of(oldest) if oldest is not None else _month_of(end)
-    while _month_start(month) < end:
-        months.append(month)
-        month = _next_month(month)
-    return months

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import UTC, datetime
 
 import pytest
 
 from engine.metering.database import Database
-from engine.metering.lease_store import LeaseStore, settle_worker
 from engine.metering.ledger import write_rows
-from engine.metering.usage import Asked, Line, Usage, read_usage, roll_up
-from tests.metering.test_ledger import count, row
+from engine.metering.retention import end, roll_up
+from engine.metering.usage import Asked, Line, Usage, read_usage
+from tests.metering.test_ledger import row
 
 
 def at(year: int, month: int, day: int, *clock: int) -> int:
-    return int(datetime(year, month, day, *clock, tzinfo=UTC).timestamp() * 1000)
+    return int(datetime(year, month, day, *clock).replace(tzinfo=UTC).timestamp() * 1000)
 
 
 ROWS = [
@@ -63,7 +62,8 @@ async def test_the_sums_by_day_model_and_category(filled: Database) -> None:
 async def test_only_what_was_asked_for(filled: Database, asked: Asked, requests: int) -> None:
     before = await read_usage(filled, asked)
     assert sum(line.requests for line in before.total) == requests
-    assert await roll_up(filled, "2026-11") == 3
+    await end(filled, "w-1")
+    assert (await roll_up(filled, "2026-11")).rows == 3
     after = await read_usage(filled, asked)
     assert (after.total, after.by_model, after.by_category) == (
         before.total,
@@ -83,34 +83,28 @@ async def test_two_units_are_not_added(database: Database) -> None:
     assert document["total"] == {"requests": 2, "charge": {"EUR": 5, "credits": 7}, "unit": None}
 
 
-async def test_rolling_up_again_adds_late_rows_and_days_become_months(filled: Database) -> None:
-    assert await roll_up(filled, "2026-11") == 3
-    assert await count(filled) == (2, 24)
-    await write_rows(filled, [row(6, at=at(2026, 10, 5), charge=32, period="2026-10")])
-    assert await roll_up(filled, "2026-11") == 1
-    assert await roll_up(filled, "2026-11") == 0
-    usage = await read_usage(filled, Asked(tenant_id="ten-1"))
-    assert usage.total == [Line("total", "credits", 5, 47)]
-    assert [line.name for line in usage.by_day] == ["2026-09", "2026-10", "2026-11-02"]
+async def test_by_key_and_tenant_where_asked_for(filled: Database) -> None:
+    usage = await read_usage(filled, Asked(since=at(2026, 10, 1)), owners=True)
+    assert usage.by_key == [
+        Line("key-1", "credits", 2, 6),
+        Line("key-2", "credits", 1, 8),
+        Line("key-9", "credits", 1, 16),
+    ]
+    assert usage.by_tenant == [Line("ten-1", "credits", 3, 14), Line("ten-9", "credits", 1, 16)]
+    assert usage.document()["by_tenant"][0] == {
+        "tenant": "ten-1",
+        "requests": 3,
+        "charge": 14,
+        "unit": "credits",
+    }
 
 
-async def test_a_month_with_an_open_lease_stays(filled: Database) -> None:
-    await LeaseStore(filled, "w-1").lease("key-1", "2026-10", 10, 10)
-    assert await roll_up(filled, "2026-11") == 1
-    await settle_worker(filled, "w-1")
-    assert await roll_up(filled, "2026-11") == 2
-
-
-async def test_rows_that_are_written_meanwhile_are_not_lost(url: str, filled: Database) -> None:
-    other = Database(url)
-    late = [[row(n, at=at(2026, 10, 2), charge=1, period="2026-10")] for n in range(100, 140)]
-    await asyncio.gather(roll_up(filled, "2026-11"), *(write_rows(other, rows) for rows in late))
-    await other.close()
-    total = (await read_usage(filled, Asked())).total
-    assert total == [Line("total", "credits", 45, 71)]
-
-
-@pytest.mark.parametrize(("month", "reason"), [("2999-01", "not begun"), ("November", "is no month")])
-async def test_a_month_that_cannot_be_rolled_up(database: Database, month: str, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason):
-        await roll_up(database, month)
+@pytest.mark.parametrize(
+    ("since", "requests"), [(0, 2), (1, 2), (at(2026, 9, 1), 2), (at(2026, 9, 1) + 1, 0)]
+)
+async def test_a_rolled_up_month_counts_where_it_begins(filled: Database, since: int, requests: int) -> None:
+    await end(filled, "w-1")
+    await write_rows(filled, [row(6, at=at(2026, 9, 2), period="2026-09")])
+    await roll_up(filled, "2026-10")
+    usage = await read_usage(filled, Asked(since=since, until=at(2026, 10, 1)))
+    assert sum(line.requests for line in usage.total) == requests
