@@ -31,7 +31,7 @@ FILE = part('name="file"; filename="a.wav"', bytes(range(256)) * 8)
 
 @pytest.mark.parametrize("parts", [(MODEL, FILE), (FILE, MODEL)])
 def test_the_model_is_found_before_and_after_the_file(parts: tuple[bytes, bytes]) -> None:
-    assert multipart_head(form(*parts), TYPE) == ("whisper", False)
+    assert multipart_head(form(*parts), TYPE)[:2] == ("whisper", False)
 
 
 @pytest.mark.parametrize(

@@ -234,17 +234,17 @@ async def test_between_choosing_a_replica_and_counting_there_is_no_turn_of_the_l
     house: House, runner: DummyRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reports = []
-    choose = Served.choose
+    choose = Served.choose_in
 
     def withdraw() -> None:
         house.serve(asleep(state="draining"))
         reports.append(house.gateway._usage.report())
 
-    def choose_and_withdraw(served: Served, without: set[str]) -> Upstream | None:
+    def choose_and_withdraw(served: Served, pool: str, without: set[str]) -> Upstream | None:
         asyncio.get_running_loop().call_soon(withdraw)
-        return choose(served, without)
+        return choose(served, pool, without)
 
-    monkeypatch.setattr(Served, "choose", choose_and_withdraw)
+    monkeypatch.setattr(Served, "choose_in", choose_and_withdraw)
     assert (await house.post(CHAT, ASK))[0] == 200
     assert [in_flight(report) for report in reports] == [1]
     assert in_flight(house.gateway._usage.report()) == 0
