@@ -287,9 +287,9 @@ class DedicatedConfig(_Section):
 
     models: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
-        description="Replicas of its own, always awake, by model: { smollm2-135m-instruct = 1 }. A model that "
-        "is served to nobody else (neither in the profile nor in [models], or not enabled there) is served to "
-        "this tenant alone.",
+        description="Replicas of its own, always awake, by model: { smollm2-135m-instruct = 1 }. A model "
+        "that is served to nobody else (neither in the profile nor in [models], or not enabled there) is "
+        "served to this tenant alone.",
     )
     gpus: list[Annotated[int, Field(ge=0)]] = Field(
         default_factory=list,

@@ -14,7 +14,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from engine.config import Config, ModelConfig
+from engine.config import Config, DedicatedConfig, ModelConfig
 
 _HEAD = """\
 Hearth's configuration, every key with its default. Copy it to hearth.toml and change what you need. A key
@@ -30,11 +30,13 @@ def render() -> str:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             sections += ["", _comment((kind.__doc__ or "").strip()), f"[{name}]", *_keys(kind)]
-        elif name != "models":
+        elif name not in ("models", "dedicated"):
             lines += _key(name, field)
     model = ["", _comment((ModelConfig.__doc__ or "").strip())]
     model += ["# [models.smollm2-135m-instruct]", *_keys(ModelConfig, always_off=True)]
-    return "\n".join([*lines, *sections, *model]) + "\n"
+    own = ["", _comment(" ".join((DedicatedConfig.__doc__ or "").split()))]
+    own += ["# [dedicated.acme]", *_keys(DedicatedConfig, always_off=True)]
+    return "\n".join([*lines, *sections, *model, *own]) + "\n"
 
 
 def _keys(section: type[BaseModel], *, always_off: bool = False) -> list[str]:
@@ -60,6 +62,8 @@ def _toml(value: Any) -> str | None:
         value = str(value)
     if isinstance(value, dict):
         return "{}"
+    if isinstance(value, list):
+        return json.dumps(value)
     if isinstance(value, int) and value >= 10_000:
         return f"{value:_}"
     return json.dumps(value)

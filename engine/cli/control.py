@@ -84,7 +84,7 @@ async def stop(config: Config, *, drain: bool) -> list[str]:
         try:
             await status(config)
         except NotRunningError:
-            count = len(running.models)
+            count = len({model.id for model in running.models})
             return [f"Stopped: {count} model{'s' if count != 1 else ''} in {time.monotonic() - began:.1f} s."]
         await asyncio.sleep(0.2)
     return [f"Still stopping after {longest:.0f} s; `hearth stop --now` ends it without waiting."]

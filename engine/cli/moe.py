@@ -83,7 +83,8 @@ def _read(file: Path) -> tuple[Any, Any]:
 
 def _measured(config: Config, model: str) -> NDArray[np.int64]:
     status = asyncio.run(control.status(config))
-    served = {one.id: one for one in status.models}
+    # Of an owned replica only where there is no shared one.
+    served = {one.id: one for one in sorted(status.models, key=lambda one: one.owner is None)}
     if model not in served:
         close = nearest(model, served)
         raise LoadsError(

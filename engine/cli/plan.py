@@ -9,16 +9,22 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from engine.config import ConfigError, load
+from engine.cli import hostplan
+from engine.config import Config, ConfigError, load
 from engine.planner.catalog import needs_of_all, nodes_of
 from engine.planner.chart import chart
 from engine.planner.document import document
+from engine.planner.fleet import Homes
 from engine.planner.hardware import Node, NodesError, parse_nodes
 from engine.planner.layout import Policy, Want
 from engine.planner.plan import make_plan
+from engine.scheduler.dedicated import gpu_owners
+from engine.scheduler.devices import CPU, find_devices
 from engine.scheduler.gpus import asked
-from engine.scheduler.wishes import PlanError, wishes_of
+from engine.scheduler.plan import PlanError, all_wishes, rooms
+from engine.scheduler.plan import make_plan as place
 from models.catalog import Catalog, CatalogError, load_catalog, load_profile
+from models.profile import Profile
 
 
 def plan(
@@ -60,25 +66,48 @@ def plan(
         sleepers = {catalog.find(name.strip()).id for name in standby.split(",") if name.strip()}
         needs = needs_of_all(catalog.entries.values())
         wants, places = _wanted(catalog, models, nodes, rdma)
+        homes: Homes = {}
         if profile:
             chosen = load_profile(profile)
-            # As `hearth serve` would start it: with what the configuration changes in [models].
-            changed, listed = asked(wishes_of(config, chosen, catalog))
+            if not chosen.needs.gpus and not (models or nodes or standby):
+                _show_host(config, chosen, catalog, as_json)
+                return
+            # As `hearth serve` would start it: with what the configuration changes in [models], and what
+            # tenants own.
+            changed, listed = asked(all_wishes(config, chosen, catalog))
             needs |= changed
             wants = [*listed, *wants]
             places = places or nodes_of(chosen)
+            homes = _homes(config, places)
     except (CatalogError, NodesError, ConfigError, PlanError) as error:
         _fail(str(error))
     _check(wants, places, sleepers)
-    wants = [replace(want, tier="standby") if want.model in sleepers else want for want in wants]
+    wants = [
+        replace(want, tier="standby") if want.model in sleepers and not want.owner else want for want in wants
+    ]
     wants = [_changed(want, context, concurrency, kv_dtype, eplb) for want in wants]
     policy = Policy(utilisation=utilisation, objective=objective)
-    found = make_plan(needs, wants, places, policy)
+    found = make_plan(needs, wants, places, policy, homes)
     if as_json:
         print(json.dumps(document(found, utilisation, config.runtime_dir), indent=2))
     else:
         Console(highlight=False).print(chart(found, utilisation, config.runtime_dir), soft_wrap=True)
     raise typer.Exit(1 if found.refusals else 0)
+
+
+def _show_host(config: Config, profile: Profile, catalog: Catalog, as_json: bool) -> None:
+    devices = find_devices()
+    plans, room = place(config, profile, catalog, devices), rooms(config, devices)[CPU]
+    if as_json:
+        print(json.dumps(hostplan.document(plans, room), indent=2))
+    else:
+        Console(highlight=False).print(hostplan.shown(plans, room), soft_wrap=True)
+
+
+def _homes(config: Config, places: list[Node]) -> Homes:
+    """Who owns which GPU; they are numbered through all nodes."""
+    every = [(node, gpu) for node, each in enumerate(places) for gpu in range(each.gpus)]
+    return {every[number]: owner for number, owner in gpu_owners(config, range(len(every))).items()}
 
 
 def _wanted(catalog: Catalog, models: str, nodes: str, rdma: bool | None) -> tuple[list[Want], list[Node]]:

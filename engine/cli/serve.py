@@ -25,7 +25,7 @@ from engine.metering.opening import opened
 from engine.scheduler.changes import Reloaded
 from engine.scheduler.plan import Entries
 from engine.scheduler.service import ReloadError, Scheduler, SchedulerError
-from engine.scheduler.status import Status
+from engine.scheduler.status import ModelStatus, Status
 from models.catalog import CatalogError, load_catalog
 from models.profile import Profile
 
@@ -118,7 +118,7 @@ class Screen:
         if self.table is None or self._was_ready:
             self._lines(status)
         if status.ready and not self._was_ready:
-            self._told = {model.id: model.state for model in status.models}
+            self._told = {_name(model): model.state for model in status.models}
             self.close()
             self._was_ready = True
             self._welcome(status)
@@ -155,12 +155,12 @@ class Screen:
         for model in status.models:
             stage = model.progress.stage if model.progress else ""
             told = f"{model.state} {stage}"
-            if self._told.get(model.id, "").split() == told.split():
+            if self._told.get(_name(model), "").split() == told.split():
                 continue
-            self._told[model.id] = told
+            self._told[_name(model)] = told
             note = tables.note(model)
             seconds = time.monotonic() - self.began
-            self.say(f"{seconds:6.1f} s  {model.id}: {model.state}{f' ({note})' if note else ''}")
+            self.say(f"{seconds:6.1f} s  {_name(model)}: {model.state}{f' ({note})' if note else ''}")
 
     def _welcome(self, status: Status) -> None:
         seconds = time.monotonic() - self.began
@@ -173,11 +173,17 @@ class Screen:
             self.say(f"key       {self.key}{'' if self.given else '   (only its hash is kept: note it now)'}")
         self.say("")
         for category, line in curl_lines(
-            ((m.category, m.id) for m in status.models), status.base_url, self.key or "YOUR_KEY"
+            ((m.category, m.id) for m in status.models if not m.owner),
+            status.base_url,
+            self.key or "YOUR_KEY",
         ):
             self.say(f"# {category}")
             self.say(line)
         self.say("\nCtrl-C drains and stops; twice stops at once.")
+
+
+def _name(model: ModelStatus) -> str:
+    return f"{model.id} of {model.owner}" if model.owner else model.id
 
 
 async def run_on(scheduler: Scheduler, screen: Screen) -> None:

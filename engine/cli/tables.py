@@ -50,6 +50,11 @@ def note(model: ModelStatus) -> str:
         parts.append(f"about {model.eta_s:.0f} s left")
     if model.state == "ready" and model.tier == "standby":
         parts.append("standby, pinned" if model.pinned else "standby")
+    if len(model.replicas) > 1 and model.owner:
+        ready = sum(replica.state == "ready" for replica in model.replicas)
+        parts.append(f"{ready} of {len(model.replicas)} replicas ready")
+    if model.spill_over:
+        parts.append("spills over to the shared")
     if model.expert_balance:
         parts.append(balance(model.expert_balance))
     if model.restarts:
@@ -66,16 +71,17 @@ def balance(found: ExpertBalance) -> str:
 def models(status: Status) -> Table:
     """One row a model: name, category, state, seconds in it, memory, note."""
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-    for name in ("runner", "category", "state"):
+    owned = any(model.owner for model in status.models)
+    for name in ("runner", *(["owner"] if owned else []), "category", "state"):
         table.add_column(name, no_wrap=True)
     table.add_column("seconds", justify="right")
     table.add_column("memory", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for model in status.models:
         state = Text(model.state, style=_STYLES.get(model.state, "cyan"))
-        table.add_row(
-            model.id, model.category, state, f"{model.since_s:.0f}", size(model.memory_bytes), note(model)
-        )
+        owner = [model.owner or "shared"] if owned else []
+        seconds, memory_ = f"{model.since_s:.0f}", size(model.memory_bytes)
+        table.add_row(model.id, *owner, model.category, state, seconds, memory_, note(model))
     return table
 
 

@@ -74,7 +74,8 @@ def not_ready(
     state = _WORDS[route.state]
     if route.state == "draining" and route.tier == "standby":
         state = "making room for another model"
-    words = [f"Model '{route.id}' is not ready: it is {state}{because}."]
+    what = "it" if route.owner is None else f"the replica dedicated to '{route.owner}'"
+    words = [f"Model '{route.id}' is not ready: {what} is {state}{because}."]
     if note:
         words.append(note)
     words.append(f"{outlook}; try again in {math.ceil(retry_s)} s.")

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 
 from engine.errors import ApiError, nearest
@@ -31,11 +31,7 @@ class Served:
 
     __slots__ = ("_pools", "_routes", "_spills", "_turn", "route", "upstreams")
 
-    def __init__(
-        self, route: ModelRoute, upstreams: list[Upstream], owners: Mapping[str, str | None] | None = None
-    ) -> None:
-        """`owners`: of replicas by address; those not named are shared."""
-        owners = owners or {}
+    def __init__(self, route: ModelRoute, upstreams: list[Upstream]) -> None:
         self.route = route
         #: All of them, owned ones too.
         self.upstreams = upstreams
@@ -45,7 +41,7 @@ class Served:
         self._pools: dict[str, list[Upstream]] = {SHARED: [], **{owner: [] for owner in self._routes}}
         for each in upstreams:
             # A replica whose owner has no row is nobody's: it must not become everybody's.
-            self._pools.setdefault(owners.get(each.address) or SHARED, []).append(each)
+            self._pools.setdefault(each.owner or SHARED, []).append(each)
 
     def owner(self, tenant: Tenant | None) -> str:
         """The name under which the tenant owns replicas of this model; "" where it does not."""
@@ -201,11 +197,10 @@ class Directory:
                 if address is None:
                     continue
                 upstream = before.pop(address, None) or self._back(address) or self._make(replica.id, address)
-                upstream.id = replica.id
+                upstream.id, upstream.owner = replica.id, replica.owner
                 self._upstreams[address] = upstream
                 upstreams.append(upstream)
-            owners = {each.socket or each.url or "": each.owner for each in route.replicas}
-            self._served[route.id] = Served(route, upstreams, owners)
+            self._served[route.id] = Served(route, upstreams)
         self._names = dict(self._served)
         for served in self._served.values():
             for alias in served.route.aliases:

@@ -120,6 +120,8 @@ class Upstream:
 
     def __init__(self, id: str, address: str, *, connect_timeout_s: float) -> None:
         self.id = id
+        #: The tenant whose requests alone go there, by name or id; None = shared.
+        self.owner: str | None = None
         self.address = address
         self.in_flight = 0
         #: When its last request began or ended, on the monotonic clock; its own beginning until there is one.

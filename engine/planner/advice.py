@@ -60,7 +60,7 @@ def _after(prepared: Prepared, placed: Mapping[str, Move], fleet: Fleet) -> Flee
 
 
 def _emptied(fleet: Fleet) -> Fleet:
-    fresh = Fleet(fleet.nodes, 1.0)
+    fresh = Fleet(fleet.nodes, 1.0, homes=fleet.homes)
     fresh.room = list(fleet.room)
     fresh.free = [[room] * node.gpus for room, node in zip(fleet.room, fleet.nodes, strict=True)]
     return fresh
@@ -109,9 +109,16 @@ def _no_room(item: Item, prepared: Prepared, placed: Mapping[str, Move], room: F
     need = f"{option.footprint.total / GIB:.1f} GiB"
     if option.sleep:
         need += f" awake ({option.sleep.kept / GIB:.1f} asleep)"
-    spots = [(max(free), i) for i, free in enumerate(room.free)]
-    free, node = max(spots)
-    gpu = room.free[node].index(free)
+    spots = [
+        (free, -node, -gpu)
+        for node, each in enumerate(room.free)
+        for gpu, free in enumerate(each)
+        if room.is_home(item, node, gpu)
+    ]
+    if not spots:
+        return f"needs {need}, and every GPU is owned by others"
+    free, node, gpu = max(spots)
+    node, gpu = -node, -gpu
     standing = [
         name for name, move in placed.items() if any(n == node and gpu in gpus for n, gpus in move.places)
     ]
@@ -122,7 +129,8 @@ def _no_room(item: Item, prepared: Prepared, placed: Mapping[str, Move], room: F
         if option.layout.gpus == 1
         else f"each of {option.layout.gpus} GPUs ({option.layout.name()})"
     )
-    return f"needs {need} of {of}; the emptiest, {where}, has {free / GIB:.1f} GiB free{after}"
+    which = f"the emptiest of {item.home}'s, {where}," if item.home else f"the emptiest, {where},"
+    return f"needs {need} of {of}; {which} has {free / GIB:.1f} GiB free{after}"
 
 
 class _Helper:
@@ -295,7 +303,8 @@ class _Helper:
     def _more_nodes(self) -> Iterator[str]:
         for like in _distinct(self.room.nodes):
             for extra in range(1, _MOST_NODES):
-                grown = Fleet(_with_nodes(self.room.nodes, extra, like), self.policy.utilisation)
+                nodes = _with_nodes(self.room.nodes, extra, like)
+                grown = Fleet(nodes, self.policy.utilisation, homes=self.room.homes)
                 # What stands stays where it is.
                 grown.free[: len(self.room.free)] = [list(free) for free in self.room.free]
                 if self._fits(self.want, grown):

@@ -44,8 +44,8 @@ def _bars(plan: Plan, utilisation: float, letters: dict[str, str]) -> Text:
                 standing.setdefault((node.name, gpu), []).append(placement)
     text = Text()
     empty = 0
-    for node, free in zip(plan.nodes, plan.free, strict=True):
-        if not any((node.name, gpu) in standing for gpu in range(node.gpus)):
+    for number, (node, free) in enumerate(zip(plan.nodes, plan.free, strict=True)):
+        if not any((node.name, gpu) in standing or (number, gpu) in plan.homes for gpu in range(node.gpus)):
             empty += 1
             continue
         room = capacity(node.kind, utilisation)
@@ -54,6 +54,8 @@ def _bars(plan: Plan, utilisation: float, letters: dict[str, str]) -> Text:
             text.append(f"{f'{node.name} gpu{gpu}':<9} {node.kind.name} ")
             text.append(_bar(here, node.kind.memory_bytes, room, letters))
             text.append(f" {(room - free[gpu]) / GIB:6.1f} of {room / GIB:.1f} GiB")
+            if owner := plan.homes.get((number, gpu)):
+                text.append(f", {owner}'s alone")
             turns = " ".join(letters[each.id] for each in here if each.sleep)
             text.append(f", in turn: {turns}\n" if turns else "\n")
     if empty:

@@ -26,10 +26,13 @@ def document(plan: Plan, utilisation: float, runtime_dir: Path) -> dict[str, Any
                 "gpu_memory_bytes": node.kind.memory_bytes,
                 "usable_bytes": capacity(node.kind, utilisation),
                 "free_bytes": list(free),
+                "gpu_owners": [plan.homes.get((number, gpu)) for gpu in range(node.gpus)],
                 "host_usable_bytes": node.host_bytes,
                 "host_free_bytes": host,
             }
-            for node, free, host in zip(plan.nodes, plan.free, plan.host_free, strict=True)
+            for number, (node, free, host) in enumerate(
+                zip(plan.nodes, plan.free, plan.host_free, strict=True)
+            )
         ],
         "placements": [_placement(each, runtime_dir) for each in plan.placements],
         "refusals": [
@@ -44,6 +47,7 @@ def _placement(placement: Placement, runtime_dir: Path) -> dict[str, Any]:
     return {
         "id": placement.id,
         "model": placement.needs.id,
+        "owner": placement.want.owner or None,
         "engine": placement.needs.engine,
         "gpus": [{"node": node.name, "gpus": list(gpus)} for node, gpus in placement.places],
         "layout": {

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,10 @@ from engine.planner.select import Option
 ANY = -1
 #: Nodes alike: kind, GPUs, RDMA.
 Group = tuple[str, int, bool]
+
+
+#: Owner by (node index, GPU index).
+Homes = Mapping[tuple[int, int], str]
 
 
 def group_of(node: Node) -> Group:
@@ -40,6 +44,8 @@ class Item:
     options: dict[Group, tuple[Option, ...]]
     #: Least memory in all that any option takes, bytes: what placing it is worth.
     value: int
+    #: Whose GPUs alone it may stand on; '' = those that nobody owns.
+    home: str = ""
 
     @cached_property
     def standby(self) -> bool:
@@ -58,10 +64,14 @@ class Move:
 class Fleet:
     """Free bytes of every GPU and host, and which models stand where."""
 
-    def __init__(self, nodes: Sequence[Node], utilisation: float, *, even: bool = False) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], utilisation: float, *, even: bool = False, homes: Homes | None = None
+    ) -> None:
         """``even``: replicas are spread evenly instead of where it is fullest."""
         self.nodes = tuple(nodes)
         self.even = even
+        #: Who owns which GPU; the others are nobody's.
+        self.homes = homes or {}
         self.room = [capacity(node.kind, utilisation) for node in nodes]
         #: What no replica takes; of standby replicas the largest is counted awake, the others asleep.
         self.free = [[self.room[i]] * node.gpus for i, node in enumerate(nodes)]
@@ -131,18 +141,20 @@ class Fleet:
             distinct: dict[tuple[object, ...], int] = {}
             for node in members:
                 situation: tuple[object, ...] = (*self.free[node], self._gpus_with(item.model, node))
+                if self.homes:
+                    situation = (*situation, *(self.is_home(item, node, g) for g in self._gpus(node)))
                 if item.standby:
                     situation = (*situation, self.host[node], *map(tuple, self.waking[node]))
                 distinct.setdefault(situation, node)
             for option in options:
                 if option.nodes > 1:
-                    yield from self._spread(option, members)
+                    yield from self._spread(item, option, members)
                     continue
                 for node in distinct.values():
                     taken = self._gpus_with(item.model, node)
-                    yield from self._within(option, node, every)
+                    yield from self._within(item, option, node, every)
                     if taken and not every:
-                        yield from self._within(option, node, every, without=taken)
+                        yield from self._within(item, option, node, every, without=taken)
 
     def _gpus_with(self, model: str, node: int) -> tuple[int, ...]:
         hosts = self.hosts[node]
@@ -151,7 +163,7 @@ class Fleet:
         return tuple(gpu for gpu in range(self.nodes[node].gpus) if hosts[model, gpu])
 
     def _within(
-        self, option: Option, node: int, every: bool, without: tuple[int, ...] = ()
+        self, item: Item, option: Option, node: int, every: bool, without: tuple[int, ...] = ()
     ) -> Iterator[Move]:
         count = option.per_node
         if not self._sleeps(option, node):
@@ -161,7 +173,7 @@ class Fleet:
         fitting = sorted(
             (self.turns(option, node, gpu), emptiest * bytes_, gpu)
             for gpu, bytes_ in enumerate(self.free[node])
-            if bytes_ >= self.need(option, node, gpu) and gpu not in without
+            if bytes_ >= self.need(option, node, gpu) and gpu not in without and self.is_home(item, node, gpu)
         )
         seen = None
         for start in range(len(fitting) - count + 1):
@@ -182,12 +194,22 @@ class Fleet:
         """Whether the node's host holds its weights asleep."""
         return option.sleep is None or option.sleep.host * option.per_node <= self.host[node]
 
-    def _spread(self, option: Option, members: Sequence[int]) -> Iterator[Move]:
+    def is_home(self, item: Item, node: int, gpu: int) -> bool:
+        """Whether it may stand there at all: on its owner's GPUs, or on those of nobody."""
+        return self.homes.get((node, gpu), "") == item.home
+
+    def _gpus(self, node: int) -> range:
+        return range(self.nodes[node].gpus)
+
+    def _spread(self, item: Item, option: Option, members: Sequence[int]) -> Iterator[Move]:
         fitting = sorted(
             (sum(self.free[n]), n)
             for n in members
             if self._sleeps(option, n)
-            and all(free >= self.need(option, n, gpu) for gpu, free in enumerate(self.free[n]))
+            and all(
+                free >= self.need(option, n, gpu) and self.is_home(item, n, gpu)
+                for gpu, free in enumerate(self.free[n])
+            )
         )
         if len(fitting) >= option.nodes:
             chosen = sorted(n for _, n in fitting[: option.nodes])

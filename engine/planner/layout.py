@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.planner.ownership import family
+
 KvDtype = Literal["bf16", "fp8"]
 Tier = Literal["resident", "standby"]
 
@@ -75,6 +77,20 @@ class Want:
     eplb: bool | None = None
     #: A layout that a person has fixed; None = chosen.
     tensor_parallel: int | None = None
+    #: The tenant whose replicas these are; '' = shared.
+    owner: str = ""
+    #: They stand on the owner's own GPUs.
+    own_gpus: bool = False
+
+    @property
+    def family(self) -> str:
+        """What its replicas are named by, less their number."""
+        return family(self.model, self.owner)
+
+    @property
+    def home(self) -> str:
+        """Whose GPUs they stand on; '' = those that nobody owns."""
+        return self.owner if self.own_gpus else ""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from engine.planner.asleep import Sleep
 from engine.planner.hardware import Node
@@ -58,3 +59,5 @@ class Plan:
     free: tuple[tuple[int, ...], ...]
     #: Bytes of each node's host memory that no sleeping weights take, of what they may take.
     host_free: tuple[int, ...] = ()
+    #: Who owns which GPU of which node; those that are not named are nobody's.
+    homes: Mapping[tuple[int, int], str] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from engine.planner import rules
 from engine.planner.advice import refuse
-from engine.planner.fleet import Fleet, Item, Move
+from engine.planner.fleet import Fleet, Homes, Item, Move
 from engine.planner.hardware import Node
 from engine.planner.layout import Layout, Policy, Want
 from engine.planner.memory import Footprint, context_of
@@ -23,6 +23,7 @@ def make_plan(
     wants: Sequence[Want],
     nodes: Sequence[Node],
     policy: Policy | None = None,
+    homes: Homes | None = None,
 ) -> Plan:
     """Places every replica wanted, or says why it cannot be and what would help.
 
@@ -31,12 +32,13 @@ def make_plan(
         wants: the models, with how much of each.
         nodes: where they may stand.
         policy: what the planner may do; None = the defaults.
+        homes: who owns which GPU; none = nobody owns any.
 
     Residents are placed first; standby replicas then share what is left (``fleet``). Equal arguments give
     equal plans. No GPU is ever given more than ``policy.utilisation`` of its memory.
     """
     policy = policy or Policy()
-    fleet = Fleet(nodes, policy.utilisation)
+    fleet = Fleet(nodes, policy.utilisation, homes=homes)
     prepared = prepare(needs, wants, fleet, policy)
     fleet, placed = _packed(prepared, fleet, policy)
     spare = {} if len(placed) < len(prepared.items) else pack(prepared.spare, fleet, 0)
@@ -57,7 +59,7 @@ def make_plan(
                 told[want] = refuse(item, prepared, placed, fleet, needs, policy)
             refusals.append(replace(told[want], id=item.id))
     free = tuple(tuple(each) for each in fleet.free)
-    return Plan(tuple(nodes), tuple(placements), tuple(refusals), free, tuple(fleet.host))
+    return Plan(tuple(nodes), tuple(placements), tuple(refusals), free, tuple(fleet.host), fleet.homes)
 
 
 def _packed(prepared: Prepared, fleet: Fleet, policy: Policy) -> tuple[Fleet, Placed]:
@@ -69,7 +71,7 @@ def _packed(prepared: Prepared, fleet: Fleet, policy: Policy) -> tuple[Fleet, Pl
     residents = [item for item in prepared.items if not item.standby]
     standby = [item for item in prepared.items if item.standby]
     found: list[tuple[Fleet, Placed, int]] = []
-    for room in (fleet, Fleet(fleet.nodes, policy.utilisation, even=True)):
+    for room in (fleet, Fleet(fleet.nodes, policy.utilisation, even=True, homes=fleet.homes)):
         first = pack(residents, room, policy.search_steps)
         second = pack(standby, room, policy.search_steps)
         found.append((room, first | second, sum(i.value for i in standby if i.id in second)))
@@ -175,4 +177,6 @@ def _why(needs: ModelNeeds, layout: Layout, rank: int, node: Node, want: Want) -
         lines.append(f"no EPLB: {because}")
     if layout.kv_dtype == "fp8":
         lines.append("fp8 KV cache" + (", this architecture's default" if want.kv_dtype == "auto" else ""))
+    if want.owner:
+        lines.append(f"dedicated to {want.owner}" + (", on GPUs of its own" if want.own_gpus else ""))
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,14 +29,16 @@ def prepare(needs: Mapping[str, ModelNeeds], wants: Sequence[Want], fleet: Fleet
     spare: list[Item] = []
     by_id: dict[str, Want] = {}
     choices: dict[str, dict[Group, Choice]] = {}
+    counts: Counter[str] = Counter()
     for want in wants:
         found = choices_for(needs.get(want.model), want, fleet, policy)
         possible = {group: choice.options for group, choice in found.items() if choice.options}
         value = min((o.total for each in possible.values() for o in each), default=0)
         for number in range(max(want.replicas, want.most)):
-            name = f"{want.model}-{sum(i.model == want.model for i in (*items, *spare))}"
+            name = f"{want.family}-{counts[want.family]}"
+            counts[want.family] += 1
             (items if number < want.replicas else spare).append(
-                Item(name, want.model, want.priority, possible, value)
+                Item(name, want.model, want.priority, possible, value, want.home)
             )
             by_id[name], choices[name] = want, found
     return Prepared(tuple(items), by_id, choices, tuple(spare))

@@ -79,7 +79,7 @@ def differences(old: RunnerPlan, new: RunnerPlan) -> list[str]:
 
 def live_differences(old: RunnerPlan, new: RunnerPlan) -> list[str]:
     """What changes of a replica that goes on running."""
-    names = ("pinned", "priority", "min_replicas", "max_replicas")
+    names = ("pinned", "priority", "min_replicas", "max_replicas", "spill_over")
     pairs = ((name, getattr(old.standing, name), getattr(new.standing, name)) for name in names)
     return [f"{name}: {_show(before)} → {_show(after)}" for name, before, after in pairs if before != after]
 

@@ -19,7 +19,7 @@ from engine.scheduler.statefile import write_atomically
 from engine.scheduler.units import GatewayPlan, PreparationPlan, Progress
 
 #: Sections of the configuration that a gateway is not told, so that a change of them does not restart it.
-GATEWAY_NEEDS_NOT = {"api_key", "models", "profile", "scheduler", "scaling", "tiers", "weights"}
+GATEWAY_NEEDS_NOT = {"api_key", "dedicated", "models", "profile", "scheduler", "scaling", "tiers", "weights"}
 
 
 class Commands:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from engine.planner.catalog import needs_of, nodes_of, want_of
+from engine.planner.fleet import Homes
 from engine.planner.hardware import KINDS, GpuKind, Node
 from engine.planner.launch import spec_of
 from engine.planner.layout import Policy, Want
@@ -51,14 +52,17 @@ class Machine:
 
     nodes: tuple[Node, ...]
     names: Mapping[str, tuple[str, ...]]
+    #: Who owns which GPU, by (node index, GPU index).
+    homes: Homes = field(default_factory=dict)
 
 
-def machine_of(devices: Sequence[Device], host: int) -> Machine:
+def machine_of(devices: Sequence[Device], host: int, owners: Mapping[int, str] | None = None) -> Machine:
     """GPUs by kind; the host's memory is shared out among the kinds by their GPUs.
 
     Args:
         devices: all of the machine.
         host: bytes of host memory for the weights of sleeping models.
+        owners: who owns which GPU, by its number.
     """
     kinds: dict[GpuKind, list[str]] = {}
     gpus = [device for device in devices if device.is_gpu]
@@ -69,7 +73,18 @@ def machine_of(devices: Sequence[Device], host: int) -> Machine:
         for number, (kind, names) in enumerate(kinds.items())
     ]
     by_node = {node.name: tuple(names) for node, names in zip(nodes, kinds.values(), strict=True)}
-    return Machine(tuple(nodes), by_node)
+    homes = {
+        (node, gpu): owner
+        for node, names in enumerate(kinds.values())
+        for gpu, name in enumerate(names)
+        if (owner := (owners or {}).get(number_of(name)))
+    }
+    return Machine(tuple(nodes), by_node, homes)
+
+
+def number_of(device: str) -> int:
+    """3 of 'cuda:3'."""
+    return int(device.partition(":")[2])
 
 
 def suits(profile: Profile, devices: Sequence[Device]) -> bool:
@@ -85,7 +100,7 @@ def asked(wishes: Sequence[Wish]) -> tuple[dict[str, ModelNeeds], list[Want]]:
     for wish in wishes:
         entry = wish.entry.model_copy(update={"options": wish.options})
         needs[wish.id] = needs_of(entry)
-        want = want_of(wish.effective)
+        want = replace(want_of(wish.effective), owner=wish.owner or "", own_gpus=wish.own_gpus)
         if entry.engine == "vllm" and want.memory_bytes is None and entry.weights_bytes is None:
             # An entry without figures to reckon with, whose author gave the sum.
             want = replace(want, memory_bytes=entry.memory_bytes or None)
@@ -114,11 +129,11 @@ def place_on_gpus(
             f"lines of `hearth plan --profile {profile.name}` by hand."
         )
     needs, wants = asked(wishes)
-    found = make_plan(needs, wants, machine.nodes, Policy())
+    found = make_plan(needs, wants, machine.nodes, Policy(), machine.homes)
     if found.refusals:
         raise PlanError(_refusals(found))
-    by_id = {wish.id: wish for wish in wishes}
-    return [_place(by_id[each.needs.id], each, machine, runtime_dir) for each in found.placements]
+    by_family = {wish.family: wish for wish in wishes}
+    return [_place(by_family[each.want.family], each, machine, runtime_dir) for each in found.placements]
 
 
 def _refusals(found: Plan) -> str:
@@ -126,8 +141,11 @@ def _refusals(found: Plan) -> str:
     for each in found.refusals:
         change = f" {each.change}" if each.change else ""
         lines.append(f"{each.id} has no place ({each.step}): {each.reason}.{change}")
-    model = found.refusals[0].model
-    lines.append(f"Or leave it out: `[models.{model}] enabled = false`. `hearth plan` shows the whole.")
+    first = found.refusals[0]
+    table = f"`[models.{first.model}] enabled = false`"
+    if "@" in first.id:
+        table = "take it out of its table in [dedicated]"
+    lines.append(f"Or leave it out: {table}. `hearth plan` shows the whole.")
     return "\n".join(lines)
 
 

@@ -40,7 +40,7 @@ class Place:
 
     @property
     def id(self) -> str:
-        return f"{self.wish.id}-{self.number}"
+        return f"{self.wish.family}-{self.number}"
 
 
 def place_on_cpu(wishes: Sequence[Wish], room: int) -> list[Place]:
@@ -86,18 +86,23 @@ def _is_standby(place: Place) -> bool:
 
 
 def _does_not_fit(place: Place, booked: Sequence[Place], places: Sequence[Place], room: int) -> PlanError:
-    model = place.wish.id
+    wish = place.wish
+    model = wish.id
     free = max(0, room - held(*booked))
-    others = ", ".join(dict.fromkeys(other.wish.id for other in booked))
+    others = ", ".join(dict.fromkeys(other.wish.family for other in booked))
     after = f" after {others}" if others else ""
     names = _would_help(place, places, room)
     tables = " and ".join(f"[models.{name}]" for name in names)
     hint = f'`tier = "standby"` in {tables} would make it fit; or lower ' if names else ""
     awake = " awake" if _is_standby(place) else ""
+    own = f" for each of {wish.owner}'s replicas ({wish.standing.min_replicas})" if wish.owner else ""
+    out = (
+        f"take it out of [dedicated] of {wish.owner}" if wish.owner else f"`[models.{model}] enabled = false`"
+    )
     return PlanError(
-        f"{model} needs {gib(place.awake_bytes)}{awake}; {CPU} has {gib(free)} of {gib(room)} left{after}. "
-        f"{hint or 'Lower '}`memory_bytes`, leave a model out (`[models.{model}] enabled = false`), "
-        "or take a smaller profile."
+        f"{model} needs {gib(place.awake_bytes)}{awake}{own}; {CPU} has {gib(free)} of {gib(room)} "
+        f"left{after}. {hint or 'Lower '}`memory_bytes`, leave a model out ({out}), or take a "
+        "smaller profile."
     )
 
 
@@ -106,11 +111,14 @@ def _would_help(place: Place, places: Sequence[Place], room: int) -> list[str]:
     residents = dict.fromkeys(
         other.wish.id
         for other in (place, *places)
-        if not _is_standby(other) and other.wish.entry.engine in ASLEEP_BYTES
+        if not _is_standby(other) and not other.wish.owner and other.wish.entry.engine in ASLEEP_BYTES
     )
     for count in (1, 2):
         for names in itertools.combinations(residents, count):
-            changed = [_standby(other) if other.wish.id in names else other for other in places]
+            changed = [
+                _standby(other) if other.wish.id in names and not other.wish.owner else other
+                for other in places
+            ]
             if held(*changed) <= room:
                 return list(names)
     return []

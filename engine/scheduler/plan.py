@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config
+from engine.planner.ownership import family
 from engine.runners.spec import RunnerSpec
+from engine.scheduler.dedicated import gpu_owners, owned_wishes
 from engine.scheduler.devices import CPU, Device
-from engine.scheduler.gpus import machine_of, place_on_gpus
+from engine.scheduler.gpus import machine_of, number_of, place_on_gpus
 from engine.scheduler.places import Place, place_on_cpu
 from engine.scheduler.rooms import host_room, rooms
-from engine.scheduler.wishes import Entries, PlanError, Standing, gib, wishes_of
+from engine.scheduler.wishes import Entries, PlanError, Standing, Wish, gib, wishes_of
 from models.entry import ModelEntry
 from models.profile import Profile
 
@@ -43,6 +45,8 @@ class RunnerPlan:
     asleep_bytes: int = 0
     #: Host memory of its weights while asleep, bytes; 0 on a CPU, where they are mapped again from disk.
     host_bytes: int = 0
+    #: The tenant whose keys alone go there; None = shared.
+    owner: str | None = None
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -54,30 +58,52 @@ class RunnerPlan:
     def model(self) -> str:
         return self.entry.id
 
+    @property
+    def family(self) -> str:
+        """What it shares with the replicas that may stand in for it: the model and the owner."""
+        return family(self.model, self.owner)
+
 
 def make_plan(
     config: Config, profile: Profile, catalog: Entries, devices: Sequence[Device]
 ) -> list[RunnerPlan]:
-    """Places the fewest replicas of every model of the profile, as the configuration changes it.
+    """Places the fewest replicas of every model of the profile, as the configuration changes it, and those
+    that tenants own.
 
     A profile made for GPUs is placed on them by ``engine.planner``; one made for none stands on ``cpu:0``.
 
     Raises:
-        PlanError: a model is unknown, or the models do not fit.
+        PlanError: a model is unknown, the models do not fit, or a tenant owns what is not there.
     """
-    wishes = wishes_of(config, profile, catalog)
+    wishes = all_wishes(config, profile, catalog)
     on_gpu = profile.needs.gpus > 0
     if not any(device.is_gpu == on_gpu for device in devices):
         raise PlanError(
             f"profile '{profile.name}' needs {profile.needs.gpus} GPU(s) and this machine shows none. "
             "Check `nvidia-smi`, or take the CPU profile: HEARTH_PROFILE=tiny."
         )
+    owners = gpu_owners(config, gpu_numbers(devices) if on_gpu else ())
     if on_gpu:
-        machine = machine_of(devices, host_room(config, devices))
+        machine = machine_of(devices, host_room(config, devices), owners)
         places = place_on_gpus(wishes, profile, machine, config.runtime_dir)
     else:
         places = place_on_cpu(wishes, rooms(config, devices)[CPU])
     return [_runner(config, place) for place in places]
+
+
+def all_wishes(config: Config, profile: Profile, catalog: Entries) -> list[Wish]:
+    """What is to be served to everybody, then what tenants own.
+
+    Raises:
+        PlanError: as of both.
+    """
+    shared = wishes_of(config, profile, catalog)
+    return [*shared, *owned_wishes(config, profile, catalog, shared)]
+
+
+def gpu_numbers(devices: Sequence[Device]) -> list[int]:
+    """The numbers of a machine's GPUs."""
+    return [number_of(device.name) for device in devices if device.is_gpu]
 
 
 def _runner(config: Config, place: Place) -> RunnerPlan:
@@ -113,6 +139,7 @@ def _runner(config: Config, place: Place) -> RunnerPlan:
         awake_bytes=place.awake_bytes,
         asleep_bytes=place.asleep_bytes,
         host_bytes=place.host_bytes,
+        owner=wish.owner,
     )
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from engine.routes import ModelRoute, Replica, RouteTable
+from engine.routes import DedicatedRoute, ModelRoute, Replica, RouteTable
 from engine.scheduler.expert_balance import worst_of
 from engine.scheduler.outlook import model_outlook
 from engine.scheduler.plan import RunnerPlan
 from engine.scheduler.statefile import write_atomically
-from engine.scheduler.status import replicas_by_model
+from engine.scheduler.status import replicas_by_model, replicas_by_owner
 from engine.scheduler.units import Unit, World
 
 #: An estimate that moved by less than this (seconds) is no news.
@@ -32,9 +32,13 @@ def make_routes(world: World, now: float, wall: float, created: int) -> list[Mod
     ]
 
 
-def _row(world: World, units: list[Unit], now: float, wall: float, created: int) -> ModelRoute:
+def _row(world: World, every: list[Unit], now: float, wall: float, created: int) -> ModelRoute:
+    by_owner = replicas_by_owner(every)
+    shared = by_owner.pop(None, [])
+    # Where a model is served to its owners alone, the row tells of theirs.
+    units = shared or every
     seen = model_outlook(world, units, now)
-    ready = [unit for unit in units if unit.state == "ready" and isinstance(unit.plan, RunnerPlan)]
+    ready = [unit for unit in units if _is_ready(unit)]
     # While one with changed settings loads, what is said of the model is true of the one that answers.
     plan = (ready or units)[0].plan
     assert isinstance(plan, RunnerPlan)
@@ -51,6 +55,7 @@ def _row(world: World, units: list[Unit], now: float, wall: float, created: int)
         fim_stop=entry.fim.stop if entry.fim else [],
         # Our own runners bound their queues themselves; vLLM takes whatever comes.
         max_in_flight=spec.max_batch + spec.max_queue if entry.engine == "vllm" else None,
+        max_batch=spec.max_batch,
         tier=plan.standing.tier,
         wake_wait_s=world.policy.wake_wait_s if plan.standing.tier == "standby" else None,
         most_waiting=world.policy.most_waiting,
@@ -58,9 +63,38 @@ def _row(world: World, units: list[Unit], now: float, wall: float, created: int)
         reason=seen.reason,
         eta_s=None if seen.eta_s is None else round(seen.eta_s, 1),
         at=round(wall, 3),
-        replicas=[Replica(id=unit.id, socket=str(_socket(unit))) for unit in ready],
-        expert_balance=worst_of(unit.expert_balance for unit in ready),
+        shared=bool(shared),
+        dedicated=[
+            _dedicated(world, owner, own, now)
+            for owner, own in by_owner.items()
+            # Once the last of them goes, its owner is one of the others.
+            if owner and any(_is_ready(unit) or not unit.leaving for unit in own)
+        ],
+        replicas=[
+            Replica(id=unit.id, socket=str(_socket(unit)), owner=unit.owner)
+            for unit in every
+            if _is_ready(unit)
+        ],
+        expert_balance=worst_of(unit.expert_balance for unit in every if _is_ready(unit)),
     )
+
+
+def _dedicated(world: World, owner: str, units: list[Unit], now: float) -> DedicatedRoute:
+    seen = model_outlook(world, units, now)
+    # Those that leave stand last: what is configured now is the first one's to say.
+    plan = units[0].plan
+    assert isinstance(plan, RunnerPlan)
+    return DedicatedRoute(
+        owner=owner,
+        spill_over=plan.standing.spill_over,
+        state=seen.state,
+        reason=seen.reason,
+        eta_s=None if seen.eta_s is None else round(seen.eta_s, 1),
+    )
+
+
+def _is_ready(unit: Unit) -> bool:
+    return unit.state == "ready" and isinstance(unit.plan, RunnerPlan)
 
 
 def _socket(unit: Unit) -> Path:
@@ -72,14 +106,26 @@ def is_news(old: list[ModelRoute], new: list[ModelRoute]) -> bool:
     """Whether gateways should hear of it: anything but the plain passing of time."""
     if len(old) != len(new):
         return True
-    timeless = {"at": 0.0, "eta_s": None}
-    for before, after in zip(old, new, strict=True):
-        if before.model_copy(update=timeless) != after.model_copy(update=timeless):
+    return any(
+        _timeless(before) != _timeless(after) or _moved(before, after)
+        for before, after in zip(old, new, strict=True)
+    )
+
+
+def _timeless(row: ModelRoute) -> ModelRoute:
+    own = [each.model_copy(update={"eta_s": None}) for each in row.dedicated]
+    return row.model_copy(update={"at": 0.0, "eta_s": None, "dedicated": own})
+
+
+def _moved(before: ModelRoute, after: ModelRoute) -> bool:
+    """Whether one of the estimates is another than the passing of time made of it."""
+    olds: list[ModelRoute | DedicatedRoute] = [before, *before.dedicated]
+    news: list[ModelRoute | DedicatedRoute] = [after, *after.dedicated]
+    for old, new in zip(olds, news, strict=True):
+        if (old.eta_s is None) != (new.eta_s is None):
             return True
-        if (before.eta_s is None) != (after.eta_s is None):
-            return True
-        moved = (after.at + (after.eta_s or 0.0)) - (before.at + (before.eta_s or 0.0))
-        if after.state != "ready" and abs(moved) > _ETA_NEWS_S:
+        moved = (after.at + (new.eta_s or 0.0)) - (before.at + (old.eta_s or 0.0))
+        if new.state != "ready" and abs(moved) > _ETA_NEWS_S:
             return True
     return False
 

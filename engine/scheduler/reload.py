@@ -8,14 +8,23 @@ from dataclasses import dataclass, field, replace
 from engine.config import Config
 from engine.scheduler.changes import Reloaded, nested_differences
 from engine.scheduler.commands import GATEWAY_NEEDS_NOT
+from engine.scheduler.dedicated import device_kinds, gpu_owners
 from engine.scheduler.devices import find_devices
-from engine.scheduler.plan import Entries, RunnerPlan, host_room, make_plan, rooms
+from engine.scheduler.plan import (
+    Entries,
+    RunnerPlan,
+    all_wishes,
+    gpu_numbers,
+    host_room,
+    make_plan,
+    rooms,
+)
 from engine.scheduler.renewal import Standing
 from engine.scheduler.replan import Replan, replan, standing
 from engine.scheduler.rolling import Rolling, roll
 from engine.scheduler.statefile import UnitRecord
 from engine.scheduler.units import GatewayPlan
-from engine.scheduler.wishes import Wish, wishes_of
+from engine.scheduler.wishes import Wish
 from models.profile import Profile
 
 
@@ -37,16 +46,18 @@ class Setup:
     runners: list[RunnerPlan]
     rooms: dict[str, int]
     host_room: int
-    #: What each model is to be, by its id.
+    #: What each model (of each owner) is to be, by its replicas' family.
     wishes: dict[str, Wish] = field(default_factory=dict)
-    #: Product of each device.
+    #: Product and owner of each device.
     kinds: dict[str, str] = field(default_factory=dict)
 
     def same_as(self, other: Setup) -> list[RunnerPlan]:
         """The replicas here of models that are to be just the same in another setup."""
         if self.config.scheduler.drain_s != other.config.scheduler.drain_s or self.kinds != other.kinds:
             return []
-        return [plan for plan in self.runners if self.wishes.get(plan.model) == other.wishes.get(plan.model)]
+        return [
+            plan for plan in self.runners if self.wishes.get(plan.family) == other.wishes.get(plan.family)
+        ]
 
 
 def make_setup(config: Config, profile: Profile, catalog: Entries) -> Setup:
@@ -57,14 +68,15 @@ def make_setup(config: Config, profile: Profile, catalog: Entries) -> Setup:
     """
     devices = find_devices()
     plans = make_plan(config, profile, catalog, devices)
+    owners = gpu_owners(config, gpu_numbers(devices))
     return Setup(
         config,
         profile,
         plans,
         rooms(config, devices),
         host_room(config, devices),
-        {wish.id: wish for wish in wishes_of(config, profile, catalog)},
-        {device.name: device.product for device in devices},
+        {wish.family: wish for wish in all_wishes(config, profile, catalog)},
+        device_kinds({device.name: device.product for device in devices}, owners),
     )
 
 

@@ -83,7 +83,7 @@ def replan(
         former: what the last plan from nothing had for models about which nothing has changed. A plan from
             nothing may lay them out in another way, to suit its neighbours; as long as all fit without that,
             they stay as they were.
-        kinds: product of each device, where they differ.
+        kinds: product and owner of each device, where they differ.
 
     Raises:
         PlanError: a socket's path would be too long.
@@ -115,7 +115,7 @@ def _replan(
     extras = _extras(slots, old, left)
     _follow(slots, left)
     _follow(extras, left)
-    places = seat([_seeker(slot) for slot in slots], rooms, kinds)
+    places = seat([_seeker(slot, kinds or {}) for slot in slots], rooms, kinds)
     if places is None:
         if not settle:
             return None
@@ -151,7 +151,7 @@ def _take_same(plan: RunnerPlan, left: list[Stood], *, here: bool) -> Stood | No
     same = [
         one
         for one in left
-        if one.plan.model == plan.model
+        if one.plan.family == plan.family
         and (one.plan.device == plan.device or not here)
         and essence(one.plan) == kind
     ]
@@ -165,10 +165,10 @@ def _take_same(plan: RunnerPlan, left: list[Stood], *, here: bool) -> Stood | No
 def _extras(slots: Sequence[_Slot], old: Sequence[Stood], left: list[Stood]) -> list[_Slot]:
     """Slots for replicas beyond the fewest: as many as there are now and may be."""
     extras = []
-    last = {slot.fresh.model: slot.fresh for slot in slots}
-    for model, plan in last.items():
-        fewest = sum(slot.fresh.model == model for slot in slots)
-        now = sum(one.plan.model == model and one.serves for one in old)
+    last = {slot.fresh.family: slot.fresh for slot in slots}
+    for family, plan in last.items():
+        fewest = sum(slot.fresh.family == family for slot in slots)
+        now = sum(one.plan.family == family and one.serves for one in old)
         for _ in range(min(plan.standing.max_replicas, now) - fewest):
             slot = _Slot(plan)
             slot.same = _take_same(plan, left, here=True) or _take_same(plan, left, here=False)
@@ -180,22 +180,29 @@ def _follow(slots: Iterable[_Slot], left: list[Stood]) -> None:
     """Gives each slot without a replica one of the same model to follow, those that serve first."""
     for slot in slots:
         if slot.same is None:
-            found = [one for one in left if one.plan.model == slot.fresh.model]
+            found = [one for one in left if one.plan.family == slot.fresh.family]
             found.sort(key=lambda one: (not one.serves, _number(one.plan.id)))
             if found:
                 slot.before = found[0]
                 left.remove(found[0])
 
 
-def _seeker(slot: _Slot) -> Seeker:
+def _seeker(slot: _Slot, kinds: Mapping[str, str]) -> Seeker:
     same, before = slot.same, slot.before
-    return Seeker(slot.fresh, same.plan.device if same else None, before.plan.device if before else None)
+    at = same.plan.device if same and _is_home(slot.fresh, same.plan, kinds) else None
+    return Seeker(slot.fresh, at, before.plan.device if before else None)
+
+
+def _is_home(fresh: RunnerPlan, stands: RunnerPlan, kinds: Mapping[str, str]) -> bool:
+    """Whether one that stands may stay there: GPUs may have got an owner since, or lost it."""
+    return {kinds.get(device) for device in stands.devices} == {kinds.get(fresh.devices[0])}
 
 
 def _spare_place(slot: _Slot, taken: Taken) -> str | None:
     """Where an extra replica may be: where it stands, or (one to be started anyway) where there is room."""
     if slot.same:
-        places: Iterable[str] = [slot.same.plan.device]
+        stays = _is_home(slot.fresh, slot.same.plan, taken.kinds)
+        places: Iterable[str] = [slot.same.plan.device] if stays else []
     else:
         near = [slot.before.plan.device] if slot.before else []
         places = candidates(slot.fresh, taken, near)
@@ -204,7 +211,7 @@ def _spare_place(slot: _Slot, taken: Taken) -> str | None:
 
 def _settle(slot: _Slot, device: str, names: _Names) -> None:
     stays = slot.same is not None and slot.same.plan.device == device
-    unit = slot.same.plan.id if slot.same and stays else names.next(slot.fresh.model)
+    unit = slot.same.plan.id if slot.same and stays else names.next(slot.fresh.family)
     slot.plan = elsewhere(slot.fresh, unit, device)
 
 
@@ -214,9 +221,9 @@ def _plan(slot: _Slot) -> RunnerPlan:
 
 
 def _in_order(slots: Sequence[_Slot], extras: Sequence[_Slot]) -> list[_Slot]:
-    """All slots, those of one model beside each other."""
-    models = dict.fromkeys(slot.fresh.model for slot in slots)
-    return [slot for model in models for slot in (*slots, *extras) if slot.fresh.model == model]
+    """All slots, those of one model and owner beside each other."""
+    families = dict.fromkeys(slot.fresh.family for slot in slots)
+    return [slot for family in families for slot in (*slots, *extras) if slot.fresh.family == family]
 
 
 class _Names:
@@ -225,15 +232,15 @@ class _Names:
     def __init__(self, taken: Iterable[str]) -> None:
         self._taken = set(taken)
 
-    def next(self, model: str) -> str:
-        name = free_name(model, self._taken)
+    def next(self, family: str) -> str:
+        name = free_name(family, self._taken)
         self._taken.add(name)
         return name
 
 
-def free_name(model: str, taken: Collection[str]) -> str:
-    """``<model>-<n>`` with the lowest n that is not taken."""
-    return f"{model}-{free_number(model, taken)}"
+def free_name(family: str, taken: Collection[str]) -> str:
+    """``<family>-<n>`` with the lowest n that is not taken."""
+    return f"{family}-{free_number(family, taken)}"
 
 
 def free_number(prefix: str, taken: Collection[str]) -> int:
@@ -258,7 +265,7 @@ def _result(
         heirs[stood.plan.id] = tuple(
             plan.id
             for plan in result.runners
-            if plan.model == stood.plan.model and not (plan.id in kept and kept[plan.id].serves)
+            if plan.family == stood.plan.family and not (plan.id in kept and kept[plan.id].serves)
         )
     for slot in slots:
         gone = slot.same or slot.before
@@ -276,7 +283,7 @@ def _result(
     )
     result.waits = order.waits
     result.changes = [_change(slot, order.early) for slot in slots]
-    wanted = {plan.model for plan in result.runners}
+    wanted = {plan.family for plan in result.runners}
     result.changes += [_removal(stood.plan, wanted) for stood in left]
     for name, units in heirs.items():
         waits = goers[name].serves and name not in order.early
@@ -286,7 +293,7 @@ def _result(
 
 
 def _why_removed(plan: RunnerPlan, wanted: set[str]) -> str:
-    return "fewer replicas" if plan.model in wanted else "no longer asked for"
+    return "fewer replicas" if plan.family in wanted else "no longer asked for"
 
 
 def _removal(plan: RunnerPlan, wanted: set[str]) -> Change:
@@ -344,9 +351,10 @@ def standing(
     """
     shapes: dict[str, dict[str, RunnerPlan]] = {}
     for plan in fresh:
-        shapes.setdefault(plan.model, {})[essence(plan)] = plan
+        shapes.setdefault(plan.family, {})[essence(plan)] = plan
     found = []
     for unit, device, print_ in records:
+        # An owned replica's owner is part of its id, so nobody is taken for another's.
         for plan in shapes.get(unit.rpartition("-")[0], {}).values():
             same = elsewhere(plan, unit, device)
             if device and same.fingerprint == print_ and len(same.devices) == len(plan.devices):

@@ -95,7 +95,9 @@ class Waiters:
             self._send(WakeLeft(model, waiter))
 
     def _is_ready(self, model: str) -> bool:
-        replicas = [unit for unit in self._world.of_kind("runner") if unit.model == model]
+        # What a tenant owns is never asleep, and nobody but its owner is helped by it.
+        runners = self._world.of_kind("runner")
+        replicas = [unit for unit in runners if unit.model == model and unit.owner is None]
         if not replicas:
             raise WakeRefusedError(
                 404, f"no model '{model}' is served here; `hearth status` lists those that are."

@@ -23,10 +23,10 @@ _NOTHING = ReplicaUsage()
 
 
 def scalable(world: World) -> dict[str, list[Unit]]:
-    """The units of each model whose number of replicas may differ."""
+    """The shared units of each model whose number of replicas may differ; what a tenant owns is as given."""
     found: dict[str, list[Unit]] = {}
     for unit in world.of_kind("runner"):
-        if isinstance(unit.plan, RunnerPlan):
+        if isinstance(unit.plan, RunnerPlan) and unit.plan.owner is None:
             found.setdefault(unit.model, []).append(unit)
     return {model: units for model, units in found.items() if _is_elastic(units)}
 

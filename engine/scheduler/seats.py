@@ -37,7 +37,7 @@ class Taken:
 
     rooms: Rooms
     plans: dict[str, list[RunnerPlan]] = field(default_factory=dict)
-    #: Product by device, where a machine's GPUs differ: what was laid out for one kind stays on that kind.
+    #: Product and owner by device, where a machine's GPUs differ: what was laid out for one kind stays on it.
     kinds: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod

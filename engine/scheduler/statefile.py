@@ -30,6 +30,7 @@ class UnitRecord(BaseModel):
     token: str
     fingerprint: str = Field(description="Of the plan that it was started with.")
     device: str = ""
+    owner: str | None = Field(default=None, description="The tenant that owns it; its id says so too.")
     state: RecordState
     placed: Placed | None = Field(default=None, description="Memory that it was started with, by device.")
     awake: bool = Field(default=True, description="Whether it holds that of one awake, even if it ends now.")
@@ -77,6 +78,7 @@ def record(world: World, *, scheduler_pid: int, host: str, port: int) -> StateFi
                 token=ref.token,
                 fingerprint=unit.running,
                 device=unit.device,
+                owner=unit.owner,
                 state=_state(unit),
                 placed=unit.placed,
                 awake=unit.awake,

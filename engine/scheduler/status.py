@@ -45,13 +45,21 @@ class UnitStatus(BaseModel):
     restarts: int = 0
     memory_bytes: int | None = Field(default=None, description="PSS of the group, measured now and then.")
     device: str = ""
+    owner: str | None = Field(default=None, description="The tenant that owns it; None = shared.")
     log_tail: list[str] = Field(default=[], description="Last log lines of a process that failed.")
 
 
 class ModelStatus(BaseModel):
-    """One served model; state, reason and times are those of the replica that is furthest along."""
+    """One served model; state, reason and times are those of the replica that is furthest along.
+
+    A tenant's own replicas of a model have a row of their own, with `owner`, behind that of the shared ones.
+    """
 
     id: str
+    owner: str | None = Field(default=None, description="The tenant whose replicas these are; None = shared.")
+    spill_over: bool = Field(
+        default=False, description="Whether the owner's requests go to shared replicas where these cannot."
+    )
     category: Category
     engine: EngineKind
     tier: Literal["resident", "standby"] = "resident"
@@ -100,7 +108,11 @@ def make_status(
 ) -> Status:
     """The status of a world at ``now`` (the loop's clock)."""
     gateways = [_unit(world, unit, now) for unit in world.of_kind("gateway") if unit.wanted]
-    models = [_model(world, units, now) for units in replicas_by_model(world.units.values()).values()]
+    models = [
+        _model(world, units, now)
+        for of_model in replicas_by_model(world.units.values()).values()
+        for units in replicas_by_owner(of_model).values()
+    ]
     units = [unit for unit in (*world.of_kind("gateway"), *world.of_kind("runner")) if unit.wanted]
     holds = held(world)
     return Status(
@@ -137,6 +149,14 @@ def replicas_by_model(units: Iterable[Unit]) -> dict[str, list[Unit]]:
     return grouped
 
 
+def replicas_by_owner(units: Iterable[Unit]) -> dict[str | None, list[Unit]]:
+    """A model's units, the shared ones (None) first, then each owner's."""
+    grouped: dict[str | None, list[Unit]] = {}
+    for unit in sorted(units, key=lambda unit: unit.owner is not None):
+        grouped.setdefault(unit.owner, []).append(unit)
+    return grouped
+
+
 def _unit(world: World, unit: Unit, now: float) -> UnitStatus:
     seen = outlook(world, unit, now)
     return UnitStatus(
@@ -149,6 +169,7 @@ def _unit(world: World, unit: Unit, now: float) -> UnitStatus:
         restarts=unit.restarts,
         memory_bytes=unit.memory_bytes,
         device=unit.device,
+        owner=unit.owner,
         log_tail=list(seen.log_tail),
     )
 
@@ -161,6 +182,8 @@ def _model(world: World, units: list[Unit], now: float) -> ModelStatus:
     sizes = [replica.memory_bytes for replica in replicas if replica.memory_bytes is not None]
     return ModelStatus(
         id=plan.model,
+        owner=plan.owner,
+        spill_over=plan.standing.spill_over,
         category=plan.entry.category,
         engine=plan.entry.engine,
         tier=plan.standing.tier,

@@ -178,7 +178,7 @@ def _add(world: World, action: Add, now: float) -> None:
     world.trends[model] = grown(world.trends[model])
     units: dict[str, Unit] = {}
     new = Unit(action.unit, "runner", action.plan, since=now)
-    last = [unit.id for unit in world.of_kind("runner") if unit.model == model][-1]
+    last = [unit.id for unit in world.of_kind("runner") if unit.model == model and not unit.owner][-1]
     for name, unit in world.units.items():
         units[name] = unit
         if name == last:

@@ -201,6 +201,11 @@ class Unit:
         return self.plan.model if isinstance(self.plan, RunnerPlan) else ""
 
     @property
+    def owner(self) -> str | None:
+        """The tenant that owns it; None = shared."""
+        return self.plan.owner if isinstance(self.plan, RunnerPlan) else None
+
+    @property
     def devices(self) -> tuple[str, ...]:
         """The devices that its process stands on, or will stand on."""
         if self.placed:
@@ -320,7 +325,7 @@ class World:
     wakes: dict[str, float] = field(default_factory=dict)
     #: Memory for runners of each device, bytes; a device that is not named is unbounded.
     room: Mapping[str, int] = field(default_factory=dict)
-    #: Product of each device, where it is known.
+    #: Product and owner of each device, where they are known.
     kinds: Mapping[str, str] = field(default_factory=dict)
     #: Host memory for the weights of sleepers, bytes; None = unbounded.
     host_room: int | None = None

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from engine.config import Config, ModelConfig
 from engine.errors import nearest
+from engine.planner.ownership import family
 from models.catalog import merge_options
 from models.entry import LocalSource, ModelEntry
 from models.profile import Profile, ProfileModel
@@ -34,6 +35,8 @@ class Standing:
     priority: int = 0
     min_replicas: int = 1
     max_replicas: int = 1
+    #: Of owned replicas: requests go to shared ones while these are full or not ready.
+    spill_over: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,15 @@ class Wish:
     model: ProfileModel
     own: ModelConfig
     standing: Standing
+    #: The tenant whose replicas these are; None = shared.
+    owner: str | None = None
+    #: They stand on the owner's own GPUs.
+    own_gpus: bool = False
+
+    @property
+    def family(self) -> str:
+        """What its replicas are named by, less their number."""
+        return family(self.id, self.owner)
 
     @property
     def id(self) -> str:
@@ -108,10 +120,11 @@ class Wish:
 
 
 def wishes_of(config: Config, profile: Profile, catalog: Entries) -> list[Wish]:
-    """The profile's models and those that the configuration adds, without those it disables.
+    """The profile's models and those that the configuration adds, without those it disables; all shared.
 
     Raises:
-        PlanError: a model is unknown, its bounds contradict each other, or none is left.
+        PlanError: a model is unknown, its bounds contradict each other, or none is left (and no tenant has
+            any of its own).
     """
     listed = [*profile.models]
     ids = {model.id for model in listed}
@@ -119,22 +132,33 @@ def wishes_of(config: Config, profile: Profile, catalog: Entries) -> list[Wish]:
     found = []
     for model in listed:
         own = config.models.get(model.id) or ModelConfig()
-        entry = catalog.entries.get(model.id)
-        if entry is None:
-            close = nearest(model.id, catalog.entries)
-            known = ", ".join(sorted(catalog.entries))
-            hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {known}."
-            raise PlanError(f"model '{model.id}' is not in the catalog (models/catalog/). {hint}")
+        entry = entry_of(catalog, model.id)
         if own.enabled:
-            found.append(Wish(_with_own_weights(entry, own), model, own, _standing(model, own)))
-    if not found:
+            found.append(Wish(with_own_weights(entry, own), model, own, _standing(model, own)))
+    if not found and not config.dedicated:
         raise PlanError(
             f"profile '{profile.name}' has no model left to serve: each is disabled in [models]. Enable one."
         )
     return found
 
 
-def _with_own_weights(entry: ModelEntry, own: ModelConfig) -> ModelEntry:
+def entry_of(catalog: Entries, id: str, where: str = "") -> ModelEntry:
+    """The model's entry.
+
+    Raises:
+        PlanError: there is none; ``where`` is put before the message.
+    """
+    entry = catalog.entries.get(id)
+    if entry is None:
+        close = nearest(id, catalog.entries)
+        known = ", ".join(sorted(catalog.entries))
+        hint = f"Did you mean {' or '.join(close)}?" if close else f"Known: {known}."
+        raise PlanError(f"{where}model '{id}' is not in the catalog (models/catalog/). {hint}")
+    return entry
+
+
+def with_own_weights(entry: ModelEntry, own: ModelConfig) -> ModelEntry:
+    """The entry with the weights that the configuration names before its own sources."""
     if own.path is None:
         return entry
     # Weights of one's own are prepared apart from those that other entries share under the same key.
