@@ -331,7 +331,8 @@ class Line:
         return entry
 
     def _waiting_flows(self) -> Iterator[Flow]:
-        return (flow for flow in self._flows.values() if flow.waiting)
+        """The one that had the last request first."""
+        return (flow for flow in reversed(self._flows.values()) if flow.waiting)
 
     def _forget(self, entry: Entry, flow: Flow) -> None:
         """Takes it, which has left its flow's queue, out of the counts."""
