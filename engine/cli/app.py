@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from engine import __version__
-from engine.cli import control, doctor, keys, models, moe, plan, plans, tables, tenants
+from engine.cli import control, doctor, keys, models, moe, plan, plans, tables, tenants, usage
 from engine.config import Config, ConfigError, load
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 app.add_typer(keys.app, name="keys")
 app.add_typer(tenants.app, name="tenants")
 app.add_typer(plans.app, name="plans")
+app.add_typer(usage.app, name="usage")
 app.command()(plan.plan)
 app.add_typer(models.app, name="models")
 app.add_typer(moe.app, name="moe")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from sqlalchemy import case, func, select
@@ -19,6 +20,7 @@ from engine.metering import schema
 from engine.metering.database import Database
 from engine.metering.journal import SUFFIX, read_only
 from engine.metering.ledger import Counters
+from engine.metering.moments import period_span
 from engine.metering.rows import LedgerRow, decode
 
 
@@ -60,13 +62,15 @@ class BudgetSeen:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that is compared. `ledger` is by worker; `rolled_up` is whether old rows were replaced by sums."""
+    """All that is compared. `ledger` is by worker."""
 
     ledger: Mapping[str, Sums]
     journals: Sequence[JournalSeen] = ()
     counters: Sequence[Counters] = ()
     budgets: Sequence[BudgetSeen] = ()
-    rolled_up: bool = False
+    #: Sums in place of old rows, and when the newest month of them ends (unix milliseconds, or 0).
+    rolled: Sums = Sums()
+    rolled_until: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,41 @@ class Report:
     ledger: Sums
     waiting: Sums
     findings: list[Finding] = field(default_factory=list)
+    rolled: Sums = Sums()
+    #: What gateway workers counted, and how many of them were heard.
+    counted: Sums = Sums()
+    workers: int = 0
 
     @property
     def good(self) -> bool:
         return not any(finding.wrong for finding in self.findings)
+
+    def summary(self) -> str:
+        """The outcome in a sentence or two."""
+        wrong = sum(finding.wrong for finding in self.findings)
+        answered = self.ledger + self.waiting + self.rolled
+        requests = f"{answered.rows:,} answered request{'' if answered.rows == 1 else 's'}"
+        if wrong:
+            return f"{wrong} of {len(self.findings)} differences should not be: see WRONG above."
+        if self.findings:
+            return f"All differences are explained: {requests}, each counted once."
+        return f"All agree: {requests}, each counted once."
+
+    def document(self) -> dict[str, Any]:
+        """As `hearth usage verify --json` tells it; charges are sums over all units."""
+
+        def sums(of: Sums) -> dict[str, int]:
+            return {"requests": of.rows, "charge": of.charge}
+
+        return {
+            "good": self.good,
+            "ledger": sums(self.ledger),
+            "rolled_up": sums(self.rolled),
+            "journals": sums(self.waiting),
+            "gateways": {"workers": self.workers, **sums(self.counted)},
+            "findings": [asdict(finding) for finding in self.findings],
+            "summary": self.summary(),
+        }
 
 
 def explain(facts: Facts) -> Report:
@@ -97,10 +132,15 @@ def explain(facts: Facts) -> Report:
     waiting = {journal.worker: journal.only_here for journal in facts.journals}
     for counters in facts.counters:
         durable = facts.ledger.get(counters.worker, Sums()) + waiting.get(counters.worker, Sums())
-        findings += _of_counters(counters, durable, facts.rolled_up)
+        findings += _of_counters(counters, durable, facts.rolled_until)
     findings += [finding for budget in facts.budgets for finding in _of_budget(budget)]
     return Report(
-        ledger=sum(facts.ledger.values(), Sums()), waiting=sum(waiting.values(), Sums()), findings=findings
+        ledger=sum(facts.ledger.values(), Sums()),
+        waiting=sum(waiting.values(), Sums()),
+        findings=findings,
+        rolled=facts.rolled,
+        counted=sum((Sums(each.recorded, each.charge) for each in facts.counters), Sums()),
+        workers=len(facts.counters),
     )
 
 
@@ -134,10 +174,10 @@ def _of_journal(journal: JournalSeen) -> Iterable[Finding]:
         )
 
 
-def _of_counters(counters: Counters, durable: Sums, rolled_up: bool) -> Iterable[Finding]:
+def _of_counters(counters: Counters, durable: Sums, rolled_until: int) -> Iterable[Finding]:
     name = f"worker {counters.worker}"
     missing = counters.recorded - durable.rows
-    if missing > 0 and rolled_up:
+    if missing > 0 and counters.since < rolled_until:
         yield Finding(
             name,
             f"counted {missing} more answered requests than have rows; old months were rolled up, and their "
@@ -213,8 +253,14 @@ async def gather(database: Database, folder: Path, counters: Sequence[Counters] 
             for worker, (records, damaged) in read.items()
         ]
         budgets = await _budgets(connection)
-        rolled_up = bool(await connection.scalar(select(func.count()).select_from(schema.rollups)))
-    return Facts(ledger, journals, counters, budgets, rolled_up)
+        old = schema.rollups.c
+        found = await connection.execute(
+            select(func.sum(old.requests), func.sum(old.charge), func.max(old.month))
+        )
+        requests, charge, month = found.one()
+    rolled = Sums(int(requests or 0), int(charge or 0))
+    until = 0 if month is None else period_span(month).until
+    return Facts(ledger, journals, counters, budgets, rolled, until)
 
 
 def _read_journals(folder: Path) -> dict[str, tuple[list[bytes], int]]:

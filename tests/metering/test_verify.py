@@ -29,8 +29,9 @@ def counted(recorded: int, charge: int, *, waiting: int = 0) -> Counters:
 
 def test_all_agree() -> None:
     report = explain(Facts({"w-1": Sums(3, 9)}, counters=[counted(3, 9)]))
-    assert report == Report(Sums(3, 9), Sums())
+    assert report == Report(Sums(3, 9), Sums(), counted=Sums(3, 9), workers=1)
     assert report.good
+    assert report.summary() == "All agree: 3 answered requests, each counted once."
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,9 @@ def test_all_agree() -> None:
         (Facts({}, [JournalSeen("w-1", Sums(), Sums(), 17)]), True, "17 bytes are no whole record"),
         (Facts({}, [JournalSeen("w-1", Sums(), Sums(), 0, strange=2)]), False, "2 records cannot be read"),
         (Facts({"w-1": Sums(2, 6)}, counters=[counted(3, 9)]), False, "1 are neither"),
-        (Facts({"w-1": Sums(2, 6)}, counters=[counted(3, 9)], rolled_up=True), True, "rolled up"),
+        (Facts({"w-1": Sums(2, 6)}, counters=[counted(3, 9)], rolled_until=1), True, "rolled up"),
+        # The worker began after the months that were rolled up.
+        (Facts({"w-1": Sums(2, 6)}, counters=[counted(3, 9)], rolled_until=0), False, "1 are neither"),
         (Facts({"w-1": Sums(4, 12)}, counters=[counted(3, 9, waiting=2)]), True, "about to be answered"),
         (Facts({"w-1": Sums(6, 12)}, counters=[counted(3, 9, waiting=2)]), False, "did not count"),
         (Facts({"w-1": Sums(3, 10)}, counters=[counted(3, 9)]), False, "changed after"),
