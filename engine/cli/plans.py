@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,47 +21,86 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Plans: create, list, show, set, delete. Amounts are whole numbers (of cents, or credits). "
-    "Kept and shown only, for now: the gateway does not yet charge or limit by them.",
+    "A change is in force within a second, for requests from then on.",
     no_args_is_help=True,
 )
 
 WhichPlan = Annotated[str, typer.Argument(metavar="PLAN", help="A plan's id or name.")]
-Price = Annotated[int | None, typer.Option(help="One request, in the unit; default 0.")]
-Prices = Annotated[list[str] | None, typer.Option(help="Another price: NAME=AMOUNT. Repeatable.")]
-Period = Annotated[
-    str | None, typer.Option(help="'month' or 'day': when included requests and budget begin anew (UTC).")
+#: Amounts are read by `_whole`, which tells in words what cannot be one.
+Amount = Annotated[str | None, typer.Option(metavar="N", help="One request, in the unit; default 0.")]
+Prices = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=N", help="Another price: NAME=AMOUNT. Repeatable.")
 ]
-Included = Annotated[int | None, typer.Option(help="First requests of each period that cost nothing.")]
-BudgetLimit = Annotated[str | None, typer.Option(help="Most in a period, in --budget-of; 'none' = no bound.")]
-BudgetOf = Annotated[str | None, typer.Option(help="'charge' or 'requests'.")]
-Hard = Annotated[
-    bool | None, typer.Option("--hard/--soft", help="Over the budget: refused (default), or served and told.")
-]
-Counts = Annotated[str | None, typer.Option(help="'key' or 'tenant': whose requests count together.")]
-Limit = Annotated[str | None, typer.Option(help="At least 1; 'none' = no limit.")]
-Weight = Annotated[int | None, typer.Option(help="Share of a busy model against other keys', 1 to 1000.")]
+Limit = Annotated[str | None, typer.Option(metavar="N", help="At least 1; 'none' = no limit.")]
 
 
-@app.command()
-def create(
-    name: Annotated[str, typer.Argument(help="Its name, unique.")],
-    currency: Annotated[
-        str | None, typer.Option(help="ISO 4217, for instance EUR: amounts are cents. Default: credits.")
-    ] = None,
-    price: Price = None,
+def _terms(
+    price: Amount = None,
     category: Prices = None,
     model: Prices = None,
-    period: Period = None,
-    included: Included = None,
-    budget: BudgetLimit = None,
-    budget_of: BudgetOf = None,
-    hard: Hard = None,
-    counts: Counts = None,
+    period: Annotated[
+        str | None,
+        typer.Option(help="'month' or 'day': when included requests and budget begin anew (UTC)."),
+    ] = None,
+    included: Annotated[
+        str | None, typer.Option(metavar="N", help="First requests of each period that cost nothing.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="N", help="Most in a period, in --budget-of; 'none' = no bound.")
+    ] = None,
+    budget_of: Annotated[str | None, typer.Option(help="'charge' or 'requests'.")] = None,
+    hard: Annotated[
+        bool | None,
+        typer.Option("--hard/--soft", help="Over the budget: refused (default), or served and told."),
+    ] = None,
+    counts: Annotated[
+        str | None, typer.Option(help="'key' or 'tenant': whose requests count together.")
+    ] = None,
     requests_per_minute: Limit = None,
     requests_per_day: Limit = None,
     concurrent: Limit = None,
-    max_context: Limit = None,
-    weight: Weight = None,
+    max_context: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="Most tokens that a request may ask for, in and out; 'none' = no limit."
+        ),
+    ] = None,
+    weight: Annotated[
+        str | None, typer.Option(metavar="N", help="Share of a busy model against other keys', 1 to 1000.")
+    ] = None,
+) -> dict[str, Any]:
+    """What was given of a plan's terms, by the names of the options."""
+    return {name: value for name, value in locals().items() if value is not None}
+
+
+def with_terms(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `_terms`, in the place of its parameter `given`."""
+    own, terms = inspect.signature(command, eval_str=True), inspect.signature(_terms, eval_str=True)
+
+    @functools.wraps(command)
+    def whole(**arguments: Any) -> None:
+        given = _terms(**{name: arguments.pop(name) for name in terms.parameters})
+        command(**arguments, given=given)
+
+    parameters = [
+        parameter
+        for name, each in own.parameters.items()
+        for parameter in (terms.parameters.values() if name == "given" else (each,))
+    ]
+    # What Typer makes the options of.
+    whole.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    whole.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return whole
+
+
+@app.command()
+@with_terms
+def create(
+    name: Annotated[str, typer.Argument(help="Its name, unique.")],
+    given: dict[str, Any],
+    currency: Annotated[
+        str | None, typer.Option(help="ISO 4217, for instance EUR: amounts are cents. Default: credits.")
+    ] = None,
     config: ConfigFile = None,
     state_dir: StateDir = None,
     as_json: AsJson = False,
@@ -66,11 +108,7 @@ def create(
     """Make a plan, for instance: hearth plans create team --currency EUR --price 2 --category image=10"""
     from engine.metering import planstore
 
-    given = {
-        **_fields(price, period, included, counts, weight),
-        **_limits(requests_per_minute, requests_per_day, concurrent, max_context),
-    }
-    spec = _spec({}, given, category, model, (budget, budget_of, hard))
+    spec = _spec({}, given)
     unit = "credits" if currency is None else "minor"
     made = with_database(
         config,
@@ -81,22 +119,10 @@ def create(
 
 
 @app.command(name="set")
+@with_terms
 def change(
     plan: WhichPlan,
-    price: Price = None,
-    category: Prices = None,
-    model: Prices = None,
-    period: Period = None,
-    included: Included = None,
-    budget: BudgetLimit = None,
-    budget_of: BudgetOf = None,
-    hard: Hard = None,
-    counts: Counts = None,
-    requests_per_minute: Limit = None,
-    requests_per_day: Limit = None,
-    concurrent: Limit = None,
-    max_context: Limit = None,
-    weight: Weight = None,
+    given: dict[str, Any],
     config: ConfigFile = None,
     state_dir: StateDir = None,
     as_json: AsJson = False,
@@ -104,12 +130,8 @@ def change(
     """Change what is given of a plan, for requests from now on (NAME=none takes a price away)."""
     from engine.metering import planstore
 
-    given = {
-        **_fields(price, period, included, counts, weight),
-        **_limits(requests_per_minute, requests_per_day, concurrent, max_context),
-    }
     old = with_database(config, state_dir, lambda database: planstore.find(database, plan))
-    spec = _spec(old.spec.model_dump(mode="json"), given, category, model, (budget, budget_of, hard))
+    spec = _spec(old.spec.model_dump(mode="json"), given)
     _tell_one(
         with_database(config, state_dir, lambda database: planstore.change(database, old.id, spec)), as_json
     )
@@ -153,60 +175,47 @@ def delete(plan: WhichPlan, config: ConfigFile = None, state_dir: StateDir = Non
     print(f"{gone.id} ({gone.name}) is removed.")
 
 
-def _fields(
-    price: int | None, period: str | None, included: int | None, counts: str | None, weight: int | None
-) -> dict[str, Any]:
-    """What was given of the fields that always have a value."""
-    fields = {"price": price, "period": period, "included": included, "counts": counts, "weight": weight}
-    return {name: value for name, value in fields.items() if value is not None}
+#: Terms that are whole numbers, and those of them that may be none.
+_NUMBERS = ("price", "included", "weight")
+_LIMITS = ("requests_per_minute", "requests_per_day", "concurrent", "max_context")
 
 
-def _limits(
-    per_minute: str | None, per_day: str | None, concurrent: str | None, max_context: str | None
-) -> dict[str, Any]:
-    """What was given of the limits; None where one is taken away."""
-    limits = {
-        "requests_per_minute": per_minute,
-        "requests_per_day": per_day,
-        "concurrent": concurrent,
-        "max_context": max_context,
-    }
-    return {name: _whole(name, value) for name, value in limits.items() if value is not None}
-
-
-def _spec(
-    old: dict[str, Any],
-    given: dict[str, Any],
-    categories: Sequence[str] | None,
-    models: Sequence[str] | None,
-    budget: tuple[str | None, str | None, bool | None],
-) -> PlanSpec:
-    """The terms `old` with what was given over them; ends the command when they cannot be."""
+def _spec(old: dict[str, Any], given: dict[str, Any]) -> PlanSpec:
+    """The terms `old` with what was given (as `_terms`) over them; ends the command when they cannot be."""
     from engine.metering.plans import PlanError, read_spec
 
-    by_category, by_model = _prices("category", categories), _prices("model", models)
+    data = {**old}
+    for name in ("period", "counts"):
+        if name in given:
+            data[name] = given[name]
+    for name in (*_NUMBERS, *_LIMITS):
+        if name in given:
+            data[name] = _whole(name, given[name], may_be_none=name in _LIMITS)
+    by_category, by_model = _prices("category", given.get("category")), _prices("model", given.get("model"))
     own_names = dict(zip(by_model, model_names(list(by_model)), strict=True))
     by_model = {own_names[name]: price for name, price in by_model.items()}
-    data = {**old, **given}
     for field, prices in (("categories", by_category), ("models", by_model)):
         merged = {**data.get(field, {}), **prices}
         data[field] = {name: price for name, price in merged.items() if price is not None}
-    limit, of, hard = budget
-    changed = {
-        name: value
-        for name, value in (("limit", limit and _whole("budget", limit)), ("of", of), ("hard", hard))
-        if value is not None
-    }
-    if limit == "none":
-        data["budget"] = None
-    elif changed:
-        data["budget"] = {**(data.get("budget") or {}), **changed}
-        if "limit" not in data["budget"]:
-            fail("A budget needs its limit: give --budget too.")
+    _set_budget(data, given)
     try:
         return read_spec(data)
     except PlanError as error:
         fail(f"The plan cannot be so: {error}.")
+
+
+def _set_budget(data: dict[str, Any], given: dict[str, Any]) -> None:
+    limit = given.get("budget")
+    if limit == "none":
+        data["budget"] = None
+        return
+    changed = {} if limit is None else {"limit": _whole("budget", limit)}
+    changed |= {name: given[key] for name, key in (("of", "budget_of"), ("hard", "hard")) if key in given}
+    if not changed:
+        return
+    data["budget"] = {**(data.get("budget") or {}), **changed}
+    if "limit" not in data["budget"]:
+        fail("A budget needs its limit: give --budget too.")
 
 
 def _prices(kind: str, given: Sequence[str] | None) -> dict[str, int | None]:
@@ -220,13 +229,14 @@ def _prices(kind: str, given: Sequence[str] | None) -> dict[str, int | None]:
     return prices
 
 
-def _whole(what: str, text: str) -> int | None:
-    if text == "none":
+def _whole(what: str, text: str, *, may_be_none: bool = True) -> int | None:
+    if may_be_none and text == "none":
         return None
-    try:
-        return int(text)
-    except ValueError:
-        fail(f"{what} is '{text}': amounts are whole numbers (of cents, not euros), or 'none'.")
+    if not re.fullmatch(r"-?[0-9]{1,40}", text):
+        what, short = what.replace("_", " "), text if len(text) <= 40 else f"{text[:40]}…"
+        or_none = ", or 'none'" if may_be_none else ""
+        fail(f"{what} is '{short}': amounts are whole numbers (of cents, not euros){or_none}.")
+    return int(text)
 
 
 def _tell_one(plan: Plan, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import ipaddress
 import secrets
 import time
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -17,7 +18,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.metering.changes import ACCESS, bump
 from engine.metering.database import Database
-from engine.metering.lookup import AccessError, ConflictError, NotFoundError, checked_name, find_id, hint
+from engine.metering.lookup import (
+    AccessError,
+    ConflictError,
+    NotFoundError,
+    checked_name,
+    find_id,
+    hint,
+    is_text,
+    shown,
+)
 from engine.metering.schema import keys, plans, tenants
 from engine.runners.spec import Category
 
@@ -40,7 +50,26 @@ class Allowed(BaseModel):
     @field_validator("addresses")
     @classmethod
     def _networks(cls, given: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(ipaddress.ip_network(each.strip(), strict=False)) for each in given)
+        networks = []
+        for each in given:
+            try:
+                networks.append(str(ipaddress.ip_network(each.strip(), strict=False)))
+            except ValueError:
+                raise ValueError(
+                    f"'{shown(each)}' is neither an address nor a network: write for instance 10.0.0.0/8"
+                ) from None
+        return tuple(networks)
+
+    @field_validator("models")
+    @classmethod
+    def _names(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        for each in given:
+            if not 0 < len(each) <= 200 or not each.isprintable() or each != each.strip():
+                raise ValueError(
+                    f"'{shown(each)}' is no model's name: those have 1 to 200 printable characters, none of "
+                    "them a space at an end"
+                )
+        return given
 
 
 class Key(BaseModel):
@@ -92,7 +121,10 @@ def read_allowed(data: Any) -> Allowed:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise AccessError(f"{where}: {first['msg']} (got {first.get('input')!r}).") from error
+        if first["type"] == "value_error":
+            raise AccessError(f"{where}: {first['ctx']['error']}.") from error
+        given = shown(str(first.get("input")))
+        raise AccessError(f"{where}: {first['msg']} (got '{given}').") from error
 
 
 async def create(
@@ -126,8 +158,15 @@ async def create(
     text = make_key() if key is None else _checked(key)
     name = checked_name(name)
     at = now_ms()
-    if expires_at is not None and not at < expires_at <= _LAST_MS:
-        raise AccessError("The key would have expired already: give a time that is yet to come.")
+    if expires_at is not None and expires_at <= at:
+        raise AccessError(
+            f"The key would have expired already: give a time that is yet to come (here it is {_when(at)})."
+        )
+    if expires_at is not None and expires_at > _LAST_MS:
+        raise AccessError(
+            f"The key would end after {_when(_LAST_MS)}, the last time that can be kept. Give an earlier "
+            "one, or none: the key then never ends."
+        )
     async with database.writing() as connection:
         version = await bump(connection, ACCESS)
         known = await _by_digest(connection, digest_of(text))
@@ -242,7 +281,7 @@ async def _open_tenant(connection: AsyncConnection, named: str) -> str:
 
 
 async def _find(connection: AsyncConnection, named: str) -> Key:
-    digest = digest_of(named)
+    digest = digest_of(named) if is_text(named) else ""
     wanted = select(keys).where(
         or_(
             keys.c.id == named,
@@ -251,7 +290,8 @@ async def _find(connection: AsyncConnection, named: str) -> Key:
             and_(keys.c.prefix == named, keys.c.prefix != ""),
         )
     )
-    found = [_key(row) for row in (await connection.execute(wanted)).mappings()]
+    rows = (await connection.execute(wanted)).mappings().all() if is_text(named) else []
+    found = [_key(row) for row in rows]
     chosen = [key for key in found if key.id == named or key.sha256 == digest] or found
     at = now_ms()
     if len(chosen) > 1:
@@ -260,12 +300,12 @@ async def _find(connection: AsyncConnection, named: str) -> Key:
     if len(chosen) == 1:
         return chosen[0]
     if chosen:
-        rows = ", ".join(f"{key.id} ({key.prefix}…, {key.state(at)})" for key in chosen)
-        raise ConflictError(f"{len(chosen)} keys are called '{named}': {rows}. Name one by its id.")
+        listed = ", ".join(f"{key.id} ({key.prefix}…, {key.state(at)})" for key in chosen)
+        raise ConflictError(f"{len(chosen)} keys are called '{named}': {listed}. Name one by its id.")
     known = (await connection.execute(select(keys.c.name).limit(1000))).scalars().all()
     # What was given may be a key: it is not repeated.
-    shown = named if len(named) < _PREFIX_FROM else f"{named[:11]}…"
-    raise NotFoundError(f"There is no key '{shown}'. {hint(shown, known, 'keys')}")
+    short = shown(named) if len(named) < _PREFIX_FROM else f"{shown(named[:11])}…"
+    raise NotFoundError(f"There is no key '{short}'. {hint(short, known, 'keys')}")
 
 
 async def _by_digest(connection: AsyncConnection, digest: str) -> Key | None:
@@ -275,6 +315,10 @@ async def _by_digest(connection: AsyncConnection, digest: str) -> Key | None:
 
 def _key(row: RowMapping) -> Key:
     return Key.model_validate(dict(row))
+
+
+def _when(ms: int) -> str:
+    return f"{datetime.fromtimestamp(ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _checked(key: str) -> str:

@@ -28,14 +28,26 @@ async def find_id(connection: AsyncConnection, table: Table, named: str) -> str:
     Raises:
         NotFoundError: there is none; the message has the nearest.
     """
-    wanted = select(table.c.id).where(or_(table.c.id == named, table.c.name == named))
-    # An id wins over a name that looks like one.
-    found = (await connection.execute(wanted.order_by(table.c.id != named))).scalars().first()
-    if found is not None:
-        return str(found)
+    if is_text(named):
+        wanted = select(table.c.id).where(or_(table.c.id == named, table.c.name == named))
+        # An id wins over a name that looks like one.
+        found = (await connection.execute(wanted.order_by(table.c.id != named))).scalars().first()
+        if found is not None:
+            return str(found)
     known = (await connection.execute(select(table.c.name).limit(1000))).scalars().all()
     kind = table.name.removesuffix("s")
-    raise NotFoundError(f"There is no {kind} '{named[:80]}'. {hint(named, known, table.name)}")
+    raise NotFoundError(f"There is no {kind} '{shown(named)}'. {hint(named, known, table.name)}")
+
+
+def is_text(named: str) -> bool:
+    """Whether a database takes it: PostgreSQL refuses NUL, and neither takes bytes that are no UTF-8."""
+    return "\0" not in named and not any("\ud800" <= character <= "\udfff" for character in named)
+
+
+def shown(named: str) -> str:
+    """A name as it may stand in a message, whatever was given."""
+    short = named if len(named) <= 80 else f"{named[:80]}…"
+    return short if short.isprintable() else ascii(short)[1:-1]
 
 
 def hint(named: str, known: Iterable[str], kinds: str) -> str:

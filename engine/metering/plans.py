@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from engine.metering.lookup import AccessError
+from engine.metering.lookup import AccessError, shown
 from engine.runners.spec import Category
 
 #: Highest price of one request: nine thousand million of them still add up within 64 bits.
@@ -77,8 +77,12 @@ class PlanSpec(_Part):
 
     @model_validator(mode="after")
     def _names(self) -> Self:
-        if any(not name or name != name.strip() for name in self.models):
-            raise ValueError("a model's name is empty or has spaces around it")
+        for name in self.models:
+            if not 0 < len(name) <= 200 or not name.isprintable() or name != name.strip():
+                raise ValueError(
+                    f"'{shown(name)}' is no model's name: those have 1 to 200 printable characters, none of "
+                    "them a space at an end"
+                )
         return self
 
 
@@ -126,8 +130,8 @@ def read_spec(data: Any) -> PlanSpec:
 
 
 def _explain(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"] if part != "[key]") or "the plan"
-    kind, given = item["type"], item.get("input")
+    where = ".".join(shown(str(part)) for part in item["loc"] if part != "[key]") or "the plan"
+    kind, given = item["type"], shown(str(item.get("input")))
     if kind == "extra_forbidden":
         return f"{where} is no field of a plan: known are {', '.join(PlanSpec.model_fields)}"
     if kind == "greater_than_equal":
@@ -135,7 +139,9 @@ def _explain(item: Any) -> str:
     if kind == "less_than_equal":
         return f"{where} is {given}: more than {item['ctx']['le']} could not be added up"
     if kind in ("int_type", "int_from_float"):
-        return f"{where} is {given!r}: amounts are whole numbers (of cents, not euros)"
+        return f"{where} is '{given}': amounts are whole numbers (of cents, not euros)"
     if kind == "literal_error":
-        return f"{where} is {given!r}: write one of {item['ctx']['expected']}"
+        return f"{where} is '{given}': write one of {item['ctx']['expected']}"
+    if kind == "value_error":
+        return f"{where}: {item['ctx']['error']}"
     return f"{where}: {item['msg']}"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.pool import Pool
 from typer.testing import CliRunner
 
 from engine.cli.app import app
@@ -131,7 +136,30 @@ def test_a_models_alias_is_kept_by_the_models_own_name(hearth: Hearth) -> None:
         (["plans", "create", "x", "--currency", "euro"], "no ISO 4217 code"),
         (["plans", "create", "x", "--soft"], "give --budget too"),
         (["plans", "create", "x", "--requests-per-day", "0"], "at least 1"),
+        (["plans", "create", "x", "--price", "1e3"], "price is '1e3': amounts are whole numbers"),
+        (["plans", "create", "x", "--price", "none"], "price is 'none': amounts are whole numbers"),
+        (["plans", "create", "x", "--price", "9" * 5000], "9999…': amounts are whole numbers"),
+        (["plans", "create", "x", "--price", "9" * 30], "could not be added up"),
+        (["plans", "create", "x", "--budget", "1_000"], "budget is '1_000'"),
+        (["plans", "create", "x", "--budget", "-1"], "budget.limit is -1: it must be at least 0"),
+        (["plans", "create", "x", "--budget", "9" * 14], "could not be added up"),
+        (["plans", "create", "x", "--budget", "5", "--budget-of", "tokens"], "'tokens': write one of"),
+        (["plans", "create", "x", "--model", "a=-5"], "models.a is -5"),
+        (["plans", "create", "x", "--model", " =5"], "is no model's name"),
+        (["plans", "create", "x", "--period", "week"], "'week': write one of"),
+        (["plans", "create", "x", "--weight", "0"], "weight is 0"),
+        (["plans", "create", " "], "1 to 200 printable"),
+        (["plans", "set", "x", "--price", "1"], "There is no plan 'x'"),
         (["plans", "show", "x"], "There is no plan 'x'"),
+        (["plans", "show", "\udcff"], "There is no plan '"),
+        (["keys", "show", "\udcff\udcfe"], "There is no key '"),
+        (["keys", "show", "x" * 5000], "There is no key 'xxxxxxxxxxx…'"),
+        (["keys", "create", "\udcff"], "1 to 200 printable"),
+        (["keys", "create", "--model", ""], "models: '' is no model's name"),
+        (["keys", "create", "--expires", "9999-12-31T23:59:59.999"], "the last time that can be kept"),
+        (["keys", "create", "--plan", "gold"], "There is no plan 'gold'"),
+        (["tenants", "set-plan", "default", "none"], "There is no plan 'none'"),
+        (["tenants", "show", "\udcff"], "There is no tenant '"),
         (["keys", "create", "--expires", "yesterday"], "is no time"),
         (["keys", "create", "--expires", "2020-01-01"], "yet to come"),
         (["keys", "create", "--expires", "999999999999w"], "is no duration"),
@@ -152,6 +180,89 @@ def test_a_damaged_database_is_told_in_words(hearth: Hearth) -> None:
     (hearth.folder / "hearth.db").write_bytes(b"x" * 4096)
     code, text = hearth("keys", "list")
     assert code == 1 and "not a database" in text and "Traceback" not in text
+
+
+@pytest.fixture
+def pragma() -> Iterator[Callable[[str], None]]:
+    """Gives every SQLite connection from now on a setting."""
+    listeners = []
+
+    def give(setting: str) -> None:
+        def connect(connection: Any, _record: object) -> None:
+            connection.cursor().execute(f"PRAGMA {setting}")
+
+        event.listen(Pool, "connect", connect)
+        listeners.append(connect)
+
+    yield give
+    for listener in listeners:
+        event.remove(Pool, "connect", listener)
+
+
+CHANGES = [
+    ("keys", "create"),
+    ("keys", "rotate", "app"),
+    ("keys", "revoke", "app"),
+    ("tenants", "create", "acme"),
+    ("tenants", "close", "default"),
+    ("plans", "create", "gold"),
+    ("plans", "set", "old", "--price", "3"),
+    ("plans", "delete", "old"),
+]
+
+
+def test_a_read_only_database_is_read_and_each_change_told_in_words(
+    hearth: Hearth, pragma: Callable[[str], None]
+) -> None:
+    made = hearth.json("keys", "create", "app")
+    hearth.json("plans", "create", "old")
+    # The file's mode would not hold the root user back; this holds anybody, with the same failure.
+    pragma("query_only = ON")
+    for change in CHANGES:
+        code, text = hearth(*change)
+        assert code == 1 and "readonly database" in text and "nothing was written" in text, change
+        assert "Traceback" not in text
+    assert [key["id"] for key in hearth.json("keys", "list")] == [made["id"]]
+    assert hearth.json("tenants", "show", "default")["closed_at"] is None
+
+
+def test_a_full_database_is_told_in_words_and_takes_the_rest_later(
+    hearth: Hearth, pragma: Callable[[str], None]
+) -> None:
+    hearth.json("keys", "create", "app")
+    with contextlib.closing(sqlite3.connect(hearth.folder / "hearth.db")) as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        kept = connection.execute("SELECT count(*) FROM plans").fetchone()[0]
+    pragma(f"max_page_count = {pages}")
+    models = [word for number in range(60) for word in ("--model", f"{number:0150}=1")]
+    code, text = hearth("plans", "create", "large", *models)
+    assert code == 1 and "is full" in text and "Free some disk space; nothing was written" in text
+    assert "Traceback" not in text
+    assert len(hearth.json("plans", "list")) == kept
+    pragma("max_page_count = 1000000")
+    code, text = hearth("plans", "create", "large", *models)
+    assert code == 0 and len(hearth.json("plans", "list")) == kept + 1
+
+
+def test_a_newer_schema_is_told_in_words_by_every_command(hearth: Hearth) -> None:
+    hearth.json("keys", "create", "app")
+    with contextlib.closing(sqlite3.connect(hearth.folder / "hearth.db")) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.commit()
+    for command in (*CHANGES, ("keys", "list"), ("tenants", "list"), ("plans", "list")):
+        code, text = hearth(*command)
+        assert code == 1 and "newer than this Hearth knows" in text and "Run the newer Hearth" in text
+        assert "Traceback" not in text
+
+
+def test_a_database_server_that_is_away_is_told_in_words_without_its_password(
+    hearth: Hearth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "postgresql://hearth:secret@127.0.0.1:1/hearth"
+    monkeypatch.setenv("HEARTH_METERING__DATABASE_URL", url)
+    code, text = hearth("keys", "list")
+    assert code == 1 and "cannot be reached" in text and "metering.database_url" in text
+    assert "secret" not in text and "Traceback" not in text
 
 
 def test_other_commands_do_not_pay_for_the_database() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.metering import keys, tenants
+from engine.metering import keys, planstore, tenants
 from engine.metering.database import Database
 from engine.metering.keys import Allowed, digest_of, make_key, now_ms, read_allowed
 from engine.metering.lookup import AccessError, ConflictError, NotFoundError
@@ -66,9 +66,13 @@ async def test_a_key_that_no_header_can_carry_is_refused(store: Database, bad: s
     assert await keys.list_keys(store) == []
 
 
-@pytest.mark.parametrize("expires", [0, -5, 10**18])
-async def test_a_key_that_would_end_at_once_or_at_no_time_is_refused(store: Database, expires: int) -> None:
-    with pytest.raises(AccessError, match="yet to come"):
+@pytest.mark.parametrize(
+    ("expires", "told"), [(0, "yet to come"), (-5, "yet to come"), (10**18, "after 9999-12-31")]
+)
+async def test_a_key_that_would_end_at_once_or_at_no_time_is_refused(
+    store: Database, expires: int, told: str
+) -> None:
+    with pytest.raises(AccessError, match=told):
         await keys.create(store, expires_at=expires)
 
 
@@ -111,6 +115,38 @@ async def test_rotating_never_lengthens_a_keys_life(store: Database) -> None:
     assert old.expires_at == second.expires_at == ends
 
 
+@pytest.mark.parametrize("odd", ["", "\0", "a\0b", "\udcff\udcfe", "\ud800", "x" * 5000, "'; --", "%"])
+async def test_whatever_is_asked_for_is_found_or_told_of(store: Database, odd: str) -> None:
+    await keys.create(store)
+    for finding in (keys.find(store, odd), keys.revoke(store, odd), keys.rotate(store, odd)):
+        with pytest.raises(NotFoundError, match="There is no key") as caught:
+            await finding
+        assert len(str(caught.value)) < 200 and str(caught.value).isprintable()
+    others = (tenants.find(store, odd), keys.list_keys(store, tenant=odd), planstore.find(store, odd))
+    for other in others:
+        with pytest.raises(NotFoundError, match=r"There is no (tenant|plan)") as caught:
+            await other
+        assert len(str(caught.value)) < 200 and str(caught.value).isprintable()
+
+
+async def test_a_clock_that_jumps_leaves_keys_as_they_are(
+    store: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made while the clock was an hour ahead: valid at once, and rotated and revoked like any other."""
+    ahead = now_ms() + 3_600_000
+    monkeypatch.setattr(keys, "now_ms", lambda: ahead)
+    text, made = await keys.create(store, expires_at=ahead + 60_000)
+    monkeypatch.undo()
+    assert made.created_at > now_ms() and made.state(now_ms()) == "valid"
+    _, second, old = await keys.rotate(store, text, keep_ms=1000)
+    assert old.state(now_ms()) == "valid" and second.expires_at == made.expires_at
+    assert second.created_at < made.created_at
+    ended = await keys.revoke(store, second.id)
+    # Revoked is revoked, wherever the clock goes; expired is as the clock says.
+    assert ended.state(0) == ended.state(ahead) == "revoked"
+    assert old.state(ahead) == "expired" and old.state(now_ms()) == "valid"
+
+
 async def test_a_key_needs_an_open_tenant_and_a_plan_that_is_there(store: Database) -> None:
     with pytest.raises(NotFoundError, match="no tenant 'acme'"):
         await keys.create(store, tenant="acme")
@@ -129,7 +165,12 @@ async def test_a_key_needs_an_open_tenant_and_a_plan_that_is_there(store: Databa
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"addresses": ["300.1.1.1"]}, "addresses.*300.1.1.1"),
+        ({"addresses": ["300.1.1.1"]}, "addresses: '300.1.1.1' is neither an address nor a network"),
+        ({"addresses": [""]}, "addresses: ''"),
+        ({"models": [""]}, "models: '' is no model's name"),
+        ({"models": [" smol"]}, "models: ' smol' is no model's name"),
+        ({"models": ["a\nb"]}, r"models: 'a\\nb' is no model's name"),
+        ({"models": ["x" * 201]}, "models: 'x{80}…' is no model's name"),
         ({"categories": ["pictures"]}, "categories"),
         ({"colours": ["red"]}, "colours"),
     ],

@@ -36,7 +36,7 @@ def plan(unit: str = "minor", currency: str = "EUR") -> Plan:
         ({"budget": {"limit": -1}}, "budget.limit is -1"),
         ({"budget": {"limit": 1, "of": "tokens"}}, "budget.of is 'tokens': write one of"),
         ({"requests_per_minute": 0}, "requests_per_minute is 0: it must be at least 1"),
-        ({"models": {" flux": 5}}, "spaces around it"),
+        ({"models": {" flux": 5}}, "is no model's name"),
         ([], "the plan"),
     ],
 )
