@@ -94,7 +94,9 @@ class Costs:
         """
         if prompt_tokens is None or not self._is_text:
             return self.by_time(cost, seconds, learn=True)
-        self._per_byte[cost.bytes.bit_length()] = _mean(self._rate(cost.bytes), prompt_tokens / cost.bytes)
+        bits, rate = cost.bytes.bit_length(), prompt_tokens / max(1, cost.bytes)
+        known = self._per_byte.get(bits)
+        self._per_byte[bits] = rate if known is None else _mean(known, rate)
         actual = float(prompt_tokens)
         if completion_tokens is not None:
             self._completion = _mean(self._completion, completion_tokens / cost.choices)
@@ -111,7 +113,8 @@ class Costs:
             self._timed(cost.total, seconds)
         if not known:
             return cost.total
-        return min(max(seconds * known, cost.total / _MOST_BY_TIME), cost.total * _MOST_BY_TIME)
+        least = max(_LEAST, cost.total / _MOST_BY_TIME)
+        return min(max(seconds * known, least), cost.total * _MOST_BY_TIME)
 
     def _timed(self, work: float, seconds: float) -> None:
         if seconds > 0:

@@ -131,8 +131,9 @@ class Gate:
         return Place(self, exchange)
 
     def waiting(self, model: str) -> int:
-        """How many requests wait for their turn at the model's replicas."""
-        return sum(queue.line.waiting for key, queue in self._queues.items() if key[0] == model)
+        """How many requests wait for their turn at the model's shared replicas."""
+        queue = self._queues.get((model, SHARED))
+        return 0 if queue is None else queue.line.waiting
 
     def pool_of(self, exchange: Exchange, served: Served, without: AbstractSet[str]) -> str:
         """Where a request is to wait and to be served now.
