@@ -228,6 +228,7 @@ class Gateway:
         exchange.model, exchange.ask = served.route.id, head.ask
         if exchange.caller is not None:
             check_allowed(exchange.caller, served.route)
+        served.check_open(None if exchange.caller is None else exchange.caller.tenant)
         check_category(endpoint, served.route)
         pictures = None
         if not as_form:

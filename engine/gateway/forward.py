@@ -158,7 +158,9 @@ class Forwarder:
                     raise _AsleepError
                 await send_error(send, error)
             elif answer.is_stream:
-                await self._stream_events(exchange, send, model, answer, sent_at_s)
+                # How long an owned replica takes says nothing of the shared ones, whose number follows it.
+                shared = upstream.owner is None
+                await self._stream_events(exchange, send, model, answer, sent_at_s if shared else None)
             elif answer.length is not None and answer.length <= WHOLE_BYTES:
                 body = await answer.read(WHOLE_BYTES)
                 await settle(exchange, answer, body)
@@ -189,9 +191,9 @@ class Forwarder:
         await send({"type": "http.response.body", "body": b""})
 
     async def _stream_events(
-        self, exchange: Exchange, send: Send, model: str, answer: Answer, sent_at_s: float
+        self, exchange: Exchange, send: Send, model: str, answer: Answer, sent_at_s: float | None
     ) -> None:
-        """Server-sent events; a failure becomes a last event."""
+        """Server-sent events; a failure becomes a last event. `sent_at_s` None: its wait does not count."""
         events = EventBuffer(model)
         chunks = answer.chunks()
         ready = b""
@@ -202,7 +204,8 @@ class Forwarder:
             if chunk is None:
                 break
             ready = events.feed(chunk)
-        self._first_bytes.add(model, exchange.elapsed_s() - sent_at_s)
+        if sent_at_s is not None:
+            self._first_bytes.add(model, exchange.elapsed_s() - sent_at_s)
         headers = [(name, value) for name, value in answer.headers if name != b"content-length"]
         exchange.is_events = True
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
