@@ -21,7 +21,7 @@ from engine.gateway.endpoints import ENDPOINTS
 from engine.gateway.exchange import SCOPE_KEY, Exchange
 from engine.gateway.loading import first_line, remaining_s
 from engine.gateway.metrics import GatewayMetrics
-from engine.gateway.routing import Directory, Served
+from engine.gateway.routing import SHARED, Directory, Served
 from engine.gateway.scrape import scrape
 from engine.metering.keyring import Caller
 
@@ -47,11 +47,7 @@ def make_pages(directory: Directory, metrics: GatewayMetrics, *more: APIRouter) 
     async def models(request: Request) -> schemas.ModelList:
         now, caller = time.time(), caller_of(request)
         return schemas.ModelList(
-            data=[
-                card(served, now, directory.elapsed_s(served.route.id))
-                for served in directory
-                if may_see(caller, served)
-            ]
+            data=[card_for(caller, directory, served, now) for served in directory if may_see(caller, served)]
         )
 
     @pages.get(
@@ -61,8 +57,8 @@ def make_pages(directory: Directory, metrics: GatewayMetrics, *more: APIRouter) 
         responses={404: {"model": schemas.Error}},
     )
     async def model(request: Request, id: str) -> schemas.ModelCard:
-        served = find_for(caller_of(request), directory, id)
-        return card(served, time.time(), directory.elapsed_s(served.route.id))
+        caller = caller_of(request)
+        return card_for(caller, directory, find_for(caller, directory, id), time.time())
 
     @pages.head("/health", include_in_schema=False)
     @pages.get("/health", tags=["server"], summary="The gateway is alive")
@@ -96,8 +92,10 @@ def caller_of(request: Request) -> Caller | None:
 
 
 def may_see(caller: Caller | None, served: Served) -> bool:
-    """Whether a model is told of: only what the key may use."""
-    return caller is None or caller.may_use(served.route.id, served.route.category)
+    """Whether a model is told of: only what the key may use, and nothing that is another tenant's alone."""
+    if caller is None:
+        return served.is_open(None)
+    return caller.may_use(served.route.id, served.route.category) and served.is_open(caller.tenant)
 
 
 def find_for(caller: Caller | None, directory: Directory, name: str) -> Served:
@@ -126,11 +124,17 @@ def find_for(caller: Caller | None, directory: Directory, name: str) -> Served:
     )
 
 
-def card(served: Served, now: float, elapsed_s: float | None) -> schemas.ModelCard:
-    """A model as the API tells of it; `elapsed_s` as of `Directory.elapsed_s`."""
-    route = served.route
+def card_for(caller: Caller | None, directory: Directory, served: Served, now: float) -> schemas.ModelCard:
+    """A model as it is for one caller: where its tenant owns replicas, those count."""
+    pool = served.owner(None if caller is None else caller.tenant)
+    return card(served, now, directory.elapsed_s(served.route.id, pool), pool)
+
+
+def card(served: Served, now: float, elapsed_s: float | None, pool: str = SHARED) -> schemas.ModelCard:
+    """A model as the API tells of it, by the state of a pool; `elapsed_s` as of `Directory.elapsed_s`."""
+    route = served.route_of(pool)
     loading = None
-    if not served.upstreams:
+    if not served.replicas(pool):
         loading = schemas.Loading(
             state=route.state,
             reason=first_line(route.reason),
@@ -160,26 +164,30 @@ def readiness(directory: Directory, now: float) -> schemas.Readiness:
         ApiError: 503 `not_ready`, with a row for every model that is not.
     """
     rows: list[dict[str, Any]] = []
+    pools: list[tuple[Served, str]] = []
     count = 0
     longest: float | None = 0.0
     for served in directory:
         count += 1
-        route = served.route
+        pools += [(served, pool) for pool in served.pools]
+    for served, pool in pools:
+        route = served.route_of(pool)
         in_service = route.tier == "standby" and route.state in _IN_SERVICE
-        if served.upstreams or in_service or route.state == "asleep":
+        if served.replicas(pool) or in_service or route.state == "asleep":
             continue
         left = remaining_s(route, now)
         longest = None if left is None or longest is None else max(longest, left)
-        rows.append(
-            {"id": route.id, "state": route.state, "reason": first_line(route.reason), "expected_s": left}
-        )
+        row = {"id": route.id, "state": route.state, "reason": first_line(route.reason), "expected_s": left}
+        rows.append(row | ({"dedicated": True} if pool else {}))
     if count and not rows:
         return schemas.Readiness(ready=True, models=count)
     if not count:
         message = "No model is served yet: the scheduler has published no routes."
     else:
-        names = ", ".join(f"{row['id']} ({row['state']})" for row in rows)
-        message = f"{len(rows)} of {count} models are not ready: {names}."
+        names = ", ".join(
+            f"{row['id']} ({row['state']}{', dedicated' if 'dedicated' in row else ''})" for row in rows
+        )
+        message = f"{len({row['id'] for row in rows})} of {count} models are not ready: {names}."
     retry = 5 if longest is None else min(120, max(1, round(longest)))
     raise ApiError(
         503,

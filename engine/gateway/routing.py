@@ -53,13 +53,17 @@ class Served:
         # called like its id.
         return tenant.name if tenant.name in self._routes and not _ID.fullmatch(tenant.name) else SHARED
 
+    def is_open(self, tenant: Tenant | None) -> bool:
+        """Whether the tenant is served at all: the model is shared, or it owns replicas of it."""
+        return self.route.shared or bool(self.owner(tenant))
+
     def check_open(self, tenant: Tenant | None) -> None:
         """Holds models with owned replicas only to their owners.
 
         Raises:
             ApiError: 403 `model_not_allowed`.
         """
-        if not self.route.shared and not self.owner(tenant):
+        if not self.is_open(tenant):
             raise ApiError(
                 403,
                 f"'{self.route.id}' is served to its owner alone; this key is not one of its owner's. "
