@@ -6,15 +6,15 @@ to be *settled* past it: that no journal holds a row of that life from before th
 so of the journals of this machine, and `end` of a life that is over. A machine that was switched off before
 its journal was emptied, and comes back a year later, therefore finds its rows as rows.
 
-Several gateways may do all this at the same time: each transaction sums and deletes the same rows, and on
-PostgreSQL one at a time has its turn.
+Several gateways may do all this at the same time: each transaction sums and deletes the same rows.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,29 +149,35 @@ async def roll_up(
     limit = month_start(before)
     if limit > datetime.now(UTC).timestamp() * 1000:
         raise ValueError(f"{before} has not begun: only months that are over are rolled up.")
-    months = await _settled_months(database, limit) if dry_run else {}
-    place: int | None = None if dry_run else 0
-    while place is not None:
-        async with database.writing() as connection:
-            if not await _my_turn(connection):
-                return Rolled(before, months, await _kept(database, limit), busy=True)
-            month, rows, place = await _roll_some(connection, place, limit, at_once)
-        if rows:
-            months[month] = months.get(month, 0) + rows
-    if not dry_run:
-        async with database.writing() as connection:
-            await _forget_leases(connection, before)
-    return Rolled(before, months, await _kept(database, limit))
+    if dry_run:
+        return Rolled(before, await _settled_months(database, limit), await _kept(database, limit))
+    months: dict[str, int] = {}
+    async with _my_turn(database) as mine:
+        place: int | None = 0 if mine else None
+        while place is not None:
+            async with database.writing() as connection:
+                month, rows, place = await _roll_some(connection, place, limit, at_once)
+            if rows:
+                months[month] = months.get(month, 0) + rows
+        if mine:
+            async with database.writing() as connection:
+                await _forget_leases(connection, before)
+    return Rolled(before, months, await _kept(database, limit), busy=not mine)
 
 
-async def _my_turn(connection: AsyncConnection) -> bool:
-    """Whether this transaction may roll up; it then sees one state of the database."""
-    if connection.dialect.name != "postgresql":
-        return True  # SQLite's write lock is taken already.
-    # The sums and the deletion must see the same rows; one that comes meanwhile waits for the next time.
-    await connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-    lock = text("SELECT pg_try_advisory_xact_lock(:lock)")
-    return bool(await connection.scalar(lock, {"lock": _ADVISORY_LOCK}))
+@contextlib.asynccontextmanager
+async def _my_turn(database: Database) -> AsyncIterator[bool]:
+    """Whether this process may roll up now: of those on one PostgreSQL server only one does at a time.
+
+    They would harm nothing, but one's transaction would fail on rows that the other's has removed. SQLite's
+    write lock lets them take turns by itself.
+    """
+    if database.is_sqlite:
+        yield True
+        return
+    async with database.writing() as connection:
+        lock = text("SELECT pg_try_advisory_xact_lock(:lock)")
+        yield bool(await connection.scalar(lock, {"lock": _ADVISORY_LOCK}))
 
 
 async def _roll_some(
@@ -181,6 +187,9 @@ async def _roll_some(
 
     Returns the month, how many rows, and the place to go on from; None when there are no more.
     """
+    if connection.dialect.name == "postgresql":
+        # The sums and the deletion must see the same rows; one that comes meanwhile waits for the next time.
+        await connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
     ledger, rollups = schema.ledger, schema.rollups
     ripe = and_(ledger.c.at >= place, ledger.c.at < limit, _is_settled())
     first = await connection.scalar(select(func.min(ledger.c.at)).where(ripe))

@@ -15,6 +15,7 @@ from engine.metering.journal import Journal
 from engine.metering.lease_store import LeaseStore, read_budget, settle_worker
 from engine.metering.leases import Budget
 from engine.metering.ledger import write_rows
+from engine.metering.recovery import Recovered, begin_life, end_life, recover
 from engine.metering.retention import Rolled, end, first_kept, has_ended, roll_up, settle_journals
 from engine.metering.rows import LedgerRow, encode
 from engine.metering.usage import Asked, Line, read_usage
@@ -79,35 +80,51 @@ async def test_rows_of_a_life_that_is_not_settled_stay(database: Database) -> No
     assert (await count(database))[0] == 5
 
 
-class Machine:
-    """A worker with a journal, switched off after its rows were folded in and before it was emptied."""
-
-    def __init__(self, folder: Path, worker: str, rows: list[LedgerRow]) -> None:
-        self.folder, self.rows = folder, rows
-        with Journal(folder / f"{worker}.journal", most_bytes=100_000) as journal:
-            journal.append([encode(each) for each in rows])
-
-    async def come_back(self, database: Database) -> None:
-        await write_rows(database, self.rows)
+def journal_of(folder: Path, worker: str, rows: list[LedgerRow]) -> None:
+    """What a worker leaves that was killed, or switched off, before its journal was emptied."""
+    with Journal(folder / f"{worker}.journal", most_bytes=100_000) as journal:
+        journal.append([encode(each) for each in rows])
 
 
 async def test_a_machine_that_comes_back_after_months_is_not_counted_twice(
     tmp_path: Path, database: Database
 ) -> None:
-    old, last = (row(n, at=at(2026, 10, n), period="2026-10", charge=1) for n in (1, 20))
+    old, last, late = (row(n, at=at(2026, 10, n), period="2026-10", charge=1) for n in (1, 20, 21))
     await write_rows(database, [old, last])
-    machine = Machine(tmp_path, "w-1", [last])
-    # Looked at while it ran, before the last row: what is older may go.
-    await settle_journals(database, tmp_path, now_ms=at(2026, 10, 10))
+    journal_of(tmp_path, "w-1", [last])
+    # Looked at while it ran, before its last rows: what is older may go.
+    await settle_journals(database, tmp_path, now_ms=at(2026, 10, 11))
     assert await roll_up(database, "2026-11") == Rolled("2026-11", {"2026-10": 1}, kept={"w-1": 1})
-    await machine.come_back(database)
-    assert await totals(database) == [Line("total", "credits", 2, 2)]
-    # Its own look at its journal keeps the row, too, until the journal is in the ledger and gone.
+    # It is back, with one row more than the ledger has. A look at its journal keeps them, too.
+    journal_of(tmp_path, "w-1", [late])
     await settle_journals(database, tmp_path, now_ms=NOW)
     assert (await roll_up(database, "2026-11")).rows == 0
+    assert await recover(database, tmp_path, most_bytes=100_000) == [Recovered("w-1", 2, 0)]
+    assert await totals(database) == [Line("total", "credits", 3, 3)]
+    assert (await roll_up(database, "2026-11")).rows == 2
+    assert await totals(database) == [Line("total", "credits", 3, 3)]
+
+
+async def test_a_journal_whose_file_alone_was_left_is_not_folded_in_again(
+    tmp_path: Path, database: Database
+) -> None:
+    """Switched off between noting its end and removing the file, and started again months later."""
+    last = row(1, at=at(2026, 10, 20), period="2026-10")
+    journal_of(tmp_path, "w-1", [last])
+    await write_rows(database, [last])
     await end(database, "w-1")
     assert (await roll_up(database, "2026-11")).rows == 1
-    assert await totals(database) == [Line("total", "credits", 2, 2)]
+    assert await recover(database, tmp_path, most_bytes=100_000) == [Recovered("w-1", 0, 0)]
+    # The file is gone.
+    assert await recover(database, tmp_path, most_bytes=100_000) == []
+    assert await totals(database) == [Line("total", "credits", 1, 3)]
+
+
+async def test_a_worker_that_ends_in_order_is_settled(tmp_path: Path, database: Database) -> None:
+    worker, journal = begin_life(tmp_path, most_bytes=100_000)
+    await write_rows(database, [row(1, at=at(2026, 10, 20), worker=worker)])
+    await end_life(database, worker, journal)
+    assert (await roll_up(database, "2026-11")).rows == 1
 
 
 async def test_a_living_worker_is_settled_up_to_its_oldest_row(tmp_path: Path, database: Database) -> None:
@@ -134,7 +151,7 @@ async def test_a_journal_that_cannot_be_read_settles_nothing(tmp_path: Path, dat
 
 
 async def test_an_end_is_for_good(tmp_path: Path, database: Database) -> None:
-    Machine(tmp_path, "w-1", ROWS[:1])
+    journal_of(tmp_path, "w-1", ROWS[:1])
     assert not await has_ended(database, "w-1")
     await end(database, "w-1")
     await end(database, "w-1")
