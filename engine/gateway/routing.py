@@ -144,11 +144,11 @@ class Served:
         best = min(candidates[turn:] + candidates[:turn], key=lambda each: each.in_flight)
         most = self.route.max_in_flight
         if most is not None and best.in_flight >= most:
-            whose = f"'{pool}'s" if pool else "its"
+            each_of = f"the {len(replicas)} replicas of '{pool}'" if pool else f"its {len(replicas)} replicas"
             raise ApiError(
                 429,
-                f"'{self.route.id}' is busy: each of {whose} {len(replicas)} replicas has {most} requests "
-                "in hand. Try again in a second.",
+                f"'{self.route.id}' is busy: each of {each_of} has {most} requests in hand. Try again in a "
+                "second.",
                 code="rate_limit_exceeded",
                 headers={"retry-after": "1"},
             )
