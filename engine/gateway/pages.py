@@ -13,12 +13,13 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 
 from engine import __version__
-from engine.errors import ApiError, bad_request, nearest
+from engine.errors import ApiError, nearest
 from engine.gateway import schemas
 from engine.gateway.admin import handle_failures
 from engine.gateway.documents import add_forwarded
 from engine.gateway.endpoints import ENDPOINTS
 from engine.gateway.exchange import SCOPE_KEY, Exchange
+from engine.gateway.invalid import invalid_request
 from engine.gateway.loading import first_line, remaining_s
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.routing import SHARED, Directory, Served
@@ -223,9 +224,7 @@ def _handle_errors(pages: FastAPI) -> None:
 
     @pages.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][1:])
-        return envelope(bad_request(f"{where}: {first['msg']}", param=where or None))
+        return envelope(invalid_request(error.errors()))
 
 
 def envelope(error: ApiError) -> Response:

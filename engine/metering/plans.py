@@ -110,11 +110,13 @@ def check_unit(unit: str, currency: str) -> None:
         PlanError: the unit is unknown, or its currency is missing, no ISO 4217 code or one too many.
     """
     if unit not in get_args(Unit):
-        raise PlanError(f"unit '{unit}' is unknown: write 'minor' (cents and the like) or 'credits'.")
+        raise PlanError(f"unit '{shown(unit)}' is unknown: write 'minor' (cents and the like) or 'credits'.")
     if unit == "credits" and currency:
-        raise PlanError(f"credits have no currency: leave '{currency}' out, or make the unit 'minor'.")
+        raise PlanError(f"credits have no currency: leave '{shown(currency)}' out, or make the unit 'minor'.")
     if unit == "minor" and not re.fullmatch("[A-Z]{3}", currency):
-        raise PlanError(f"currency '{currency}' is no ISO 4217 code: write three capitals, for instance EUR.")
+        raise PlanError(
+            f"currency '{shown(currency)}' is no ISO 4217 code: write three capitals, for instance EUR."
+        )
 
 
 def read_spec(data: Any) -> PlanSpec:

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event, text
 
+from engine.config import Config
+from engine.gateway.app import Gateway
 from engine.metering import keys, tenants
+from engine.metering.database import DatabaseError
 from engine.metering.opening import opened
 from tests.gateway.dummy import KEY, DummyRunner, House, open_house, route
 
@@ -141,6 +145,35 @@ async def test_a_plan_is_made_changed_and_removed(admin: Admin) -> None:
         ("POST", "/plans", {"name": "x", "spec": {"price": 2**80}}, 400, "spec.price"),
         ("POST", "/plans", {"name": "x", "spec": {"price": 1.5}}, 400, "spec.price"),
         ("POST", "/plans", {"name": "x", "unit": "minor", "spec": {}}, 400, "ISO 4217"),
+        ("POST", "/plans", {"name": "x", "spec": {"price": True}}, 400, "spec.price"),
+        ("POST", "/plans", {"name": "x", "spec": {"budget": {"limit": -1}}}, 400, "spec.budget.limit"),
+        ("POST", "/plans", {"name": "x", "spec": {"categories": {"art": 1}}}, 400, "spec.categories.art: "),
+        (
+            "POST",
+            "/plans",
+            {"name": "x", "spec": {"models": {" a": 1}}},
+            400,
+            "spec: ' a' is no model's name",
+        ),
+        ("POST", "/plans", {"name": "x", "unit": "euros", "spec": {}}, 400, "unit: "),
+        ("POST", "/plans", {"name": "x", "unit": "minor", "currency": "E" * 5000, "spec": {}}, 400, "EEE…'"),
+        ("POST", "/plans", {"name": "x"}, 400, "spec is missing"),
+        ("PUT", "/plans/x", {"prise": 1}, 400, "prise is no field here"),
+        ("PUT", "/plans/x", {}, 404, "There is no plan 'x'"),
+        ("PATCH", "/tenants/default", {"plan": "gold"}, 404, "There is no plan 'gold'"),
+        ("PATCH", "/tenants/default", {"closed": "perhaps"}, 400, "closed: "),
+        ("POST", "/keys", [], 400, "no JSON object"),
+        ("POST", "/keys", {"name": None}, 400, "name: "),
+        ("POST", "/keys", {"name": "\ud800"}, 400, "1 to 200"),
+        ("POST", "/keys", {"tenant": "a\0b"}, 404, r"There is no tenant 'a\x00b'"),
+        ("POST", "/keys", {"expires_at": 10**30}, 400, "the last time that can be kept"),
+        ("POST", "/keys", {"expires_at": -1}, 400, "yet to come"),
+        ("POST", "/keys", {"expires_at": 1.5}, 400, "expires_at: "),
+        ("POST", "/keys", {"allowed": {"models": [""]}}, 400, "models: '' is no model's name"),
+        ("POST", "/keys", {"allowed": {"colours": ["red"]}}, 400, "colours"),
+        ("GET", "/keys/%00", None, 404, "There is no key"),
+        ("GET", "/keys/%FF", None, 404, "There is no key"),
+        ("GET", "/keys?tenant=", None, 404, "There is no tenant ''"),
         ("GET", "/nothing", None, 404, "There is no GET /admin/v1/nothing"),
         ("DELETE", "/keys", None, 405, "does not take DELETE"),
     ],
@@ -152,6 +185,77 @@ async def test_what_cannot_be_is_told_in_the_envelope(
     assert got == status, answer
     code_of(answer)
     assert told in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "told"),
+    [
+        (b"", None, "The body is missing"),
+        (b"null", None, "The body is missing"),
+        (b"{", "invalid_json", "The body is no JSON"),
+        (b"\xff\xfe", "invalid_json", "The body is no JSON"),
+        (b'"app"', None, "no JSON object"),
+        (b'{"expires_at": ' + b"9" * 6000 + b"}", None, "body"),
+    ],
+)
+async def test_a_body_that_is_none_is_told(admin: Admin, body: bytes, code: str | None, told: str) -> None:
+    address = f"{admin.house.base}/admin/v1/keys"
+    headers = {"authorization": f"Bearer {ADMIN}", "content-type": "application/json"}
+    async with admin.house.http.post(address, data=body, headers=headers) as answer:
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (400, code) and told in error["message"]
+    assert len((await admin("GET", "/keys"))[1]["data"]) == 2
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["", "Bearer", "Bearer ", "Basic abc", f"Bearer {ADMIN} x", "Bearer \xe9", "Bearer " + "x" * 5000, ADMIN],
+)
+async def test_a_malformed_key_is_refused_and_not_repeated(admin: Admin, header: str) -> None:
+    for path in ("/admin/v1/keys", "/v1/models"):
+        async with admin.house.http.get(admin.house.base + path, headers={"authorization": header}) as answer:
+            text = await answer.text()
+            assert answer.status == 401 and json.loads(text)["error"]["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert ADMIN not in text and "xxx" not in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [("query_only = ON", "attempt to write a readonly database"), ("max_page_count = 1", "is full")],
+)
+async def test_a_database_that_takes_nothing_is_told_and_what_is_known_goes_on(
+    admin: Admin, setting: str, told: str
+) -> None:
+    engine = admin.house.gateway._database.engine
+    await engine.dispose()
+
+    def connect(connection: Any, _record: object) -> None:
+        connection.cursor().execute(f"PRAGMA {setting}")
+
+    event.listen(engine.sync_engine, "connect", connect)
+    for number in range(50):
+        status, answer = await admin("POST", "/tenants", {"name": f"{number:0200}"})
+        if status != 201:
+            break
+    assert (status, code_of(answer)) == (503, "database_away")
+    assert told in answer["error"]["message"] and "nothing was written" in answer["error"]["message"]
+    assert (await admin.ask(KEY))[0] == 200 and (await admin("GET", "/tenants"))[0] == 200
+    event.remove(engine.sync_engine, "connect", connect)
+    await engine.dispose()
+    assert (await admin("POST", "/tenants", {"name": "later"}))[0] == 201
+
+
+async def test_a_gateway_does_not_start_on_a_newer_schema(short: Path, tmp_path: Path) -> None:
+    config = Config(state_dir=tmp_path)
+    async with opened(config) as database, database.writing() as connection:
+        await connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    gateway = Gateway(config)
+    with pytest.raises(
+        DatabaseError, match=r"schema 9999, newer than this Hearth knows.*nothing was changed"
+    ):
+        await gateway.start()
+    await gateway._database.close()
 
 
 async def test_only_administrators_keys_are_let_in(admin: Admin) -> None:
