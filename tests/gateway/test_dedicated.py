@@ -33,8 +33,10 @@ def row(
         reason="" if owned else "its process was killed by SIGKILL",
         eta_s=0.0 if owned else 7.0,
     )
-    given: dict[str, Any] = {"state": "ready", "max_batch": 4, "dedicated": [own], "at": 1000.0}
-    return ModelRoute(id="m", category="chat", replicas=replicas, **(given | fields))
+    given: dict[str, Any] = {
+        "state": "ready", "max_batch": 4, "dedicated": [own], "at": 1000.0, "replicas": replicas
+    }  # fmt: skip
+    return ModelRoute(id="m", category="chat", **(given | fields))
 
 
 def served(route: ModelRoute) -> Served:
@@ -125,7 +127,7 @@ def test_where_the_shared_ones_are_full_too_it_waits_for_its_own() -> None:
 
 
 def test_spill_over_wakes_shared_ones_that_sleep_only_when_its_own_are_gone() -> None:
-    asleep = {"state": "asleep", "tier": "standby", "wake_wait_s": 60.0}
+    asleep: dict[str, Any] = {"state": "asleep", "tier": "standby", "wake_wait_s": 60.0}
     assert served(row(0, 0, spill=True, **asleep)).pool(ACME) == SHARED
     busy = served(row(0, 1, spill=True, **asleep))
     busy.replicas("acme")[0].in_flight = 4
@@ -206,7 +208,7 @@ def test_readiness_counts_owned_replicas_too_and_a_card_is_its_callers() -> None
 def test_no_load_or_loss_ever_mixes_them(
     shared: int, owned: int, spill: bool, loads: list[int], lost: set[int], most: int | None, asleep: bool
 ) -> None:
-    tier = {"state": "asleep", "tier": "standby", "wake_wait_s": 9.0} if asleep else {}
+    tier: dict[str, Any] = {"state": "asleep", "tier": "standby", "wake_wait_s": 9.0} if asleep else {}
     model = served(row(shared, owned, spill=spill, max_in_flight=most, **tier))
     for each, load in zip(model.upstreams, loads, strict=False):
         each.in_flight = load
