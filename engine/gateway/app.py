@@ -43,6 +43,7 @@ from engine.gateway.usage_pages import make_usage
 from engine.gateway.waking import Waking
 from engine.gateway.watch import RouteWatch
 from engine.metering.database import Database, DatabaseAwayError, url_of
+from engine.metering.housekeeping import Housekeeping
 from engine.metering.keyring import KeyRing
 from engine.metering.lookup import AccessError
 from engine.metering.opening import prepare
@@ -91,6 +92,9 @@ class Gateway:
             self.directory, self._waking, self._gate, first_bytes, self._control, worker=os.getpid()
         )
         self._forwarder = Forwarder(self.directory, self.metrics, self._waking, first_bytes, self._gate)
+        self._housekeeping = Housekeeping(
+            self._database, config.ledger_dir, keep_months=config.metering.keep_months
+        )
         self._pages = make_pages(
             self.directory,
             self.metrics,
@@ -123,8 +127,10 @@ class Gateway:
         await self._control.start()
         await self._usage.start()
         await self._watch.start()
+        self._housekeeping.start()
 
     async def close(self) -> None:
+        await self._housekeeping.close()
         await self._watch.close()
         await self._usage.close()
         await self._waking.close()
