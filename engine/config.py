@@ -226,6 +226,17 @@ class MeteringConfig(_Section):
         description="PostgreSQL for several machines: postgresql://user:password@host/name; "
         "empty = the SQLite file <state_dir>/hearth.db.",
     )
+    journal_bytes: int = Field(
+        default=64 * 1024 * 1024,
+        ge=1024 * 1024,
+        description="Largest journal of one gateway worker, bytes: answered requests wait in it, some 250 "
+        "bytes each, while the database is away; when it is full, new requests get 503.",
+    )
+    write_through: bool = Field(
+        default=False,
+        description="True: a request's row is in the database, not only in the local journal, before the "
+        "client sees the last byte; slower. While the database is away the journal has to do.",
+    )
     keep_months: int = Field(
         default=13,
         ge=0,

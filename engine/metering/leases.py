@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+#: Requests that one block holds at most: at a thousand requests a second, a lease a second.
+_MOST_BLOCK = 1024
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -33,7 +36,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Lease:
-    """What one life of a worker holds of a budget: `granted` in all, `used` once it is settled."""
+    """What one life of a worker holds of a budget: `granted` in all.
+
+    `used` is what the ledger says once it is settled; before, what the worker last said was not to spare.
+    """
 
     granted: int = 0
     used: int = 0
@@ -69,6 +75,19 @@ def give_back(budget: Budget, lease: Lease, units: int) -> tuple[Budget, Lease]:
     if not 0 <= units <= lease.granted:
         raise ValueError(f"{units} units cannot be given back of a lease of {lease.granted}.")
     return replace(budget, leased=budget.leased - units), replace(lease, granted=lease.granted - units)
+
+
+def reopen(budget: Budget, lease: Lease) -> tuple[Budget, Lease]:
+    """Opens a settled lease again, with what was spent under it as granted and used.
+
+    For a life that goes on in a period that seemed over, after its clock went back, or that was thought dead.
+    """
+    if not lease.settled:
+        return budget, lease
+    return (
+        Budget(used=budget.used - lease.used, leased=budget.leased + lease.used),
+        Lease(granted=lease.used, used=lease.used),
+    )
 
 
 def settle(budget: Budget, lease: Lease, spent: int) -> tuple[Budget, Lease]:
@@ -148,4 +167,4 @@ def block(limit: int, used: int, workers: int, cost: int) -> int:
     stranded with workers that do not need them; at least what one request costs.
     """
     left = max(0, limit - used)
-    return max(cost, min(left // (4 * max(1, workers)), 64 * max(1, cost)))
+    return max(cost, min(left // (4 * max(1, workers)), _MOST_BLOCK * max(1, cost)))

@@ -1,9 +1,8 @@
-"""Writes the ledger: a row is durable, in the database or in the local journal, before `record` returns.
+"""Writes the ledger: a row is durable in the local journal before `record` returns, and in the database soon.
 
-Rows that wait together are written together: while one flush is at the disk the next batch gathers, so the
-number of flushes follows the disk and not the number of requests. A database that fails or hangs is replaced
-by the journal at once; it is tried again every `retry_s`, and what the journal holds is then folded in. A row
-that is written twice (after a commit whose answer was lost, say) counts once, by its request id.
+A background task folds what the journal holds into the database every `fold_s`, many rows in one
+transaction; while the database is away it tries again every `retry_s`. A row that is written twice (after a
+commit whose answer was lost, say) counts once, by its request id.
 """
 
 from __future__ import annotations
@@ -12,47 +11,29 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
 
 import msgspec
-from sqlalchemy import Insert
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from engine.metering import schema
+from engine.metering.counters import Counters as Counters
+from engine.metering.counters import Tally
 from engine.metering.database import Database, DatabaseError
+from engine.metering.inserting import insert_ignoring as insert_ignoring
+from engine.metering.inserting import insert_rows as insert_rows
+from engine.metering.inserting import write_encoded
+from engine.metering.inserting import write_rows as write_rows
 from engine.metering.journal import HEAD_BYTES, Journal, JournalError, JournalFullError
-from engine.metering.rows import MOST_ROW_BYTES, LedgerRow, decode, encode
+from engine.metering.rows import MOST_ROW_BYTES, LedgerRow, encode
+from engine.metering.scribe import Entry, Scribe
 
 log = logging.getLogger("hearth.ledger")
 
-#: Rows of one statement: a batch larger than this is several statements of one transaction.
-_ROWS_AT_ONCE = 500
+#: Rows of one transaction of a fold: what the event loop prepares without a pause takes some milliseconds.
+_ROWS_AT_ONCE = 1000
 #: What a database can fail with: its own errors, and taking too long.
 FAILURES = (DatabaseError, SQLAlchemyError, OSError, TimeoutError)
-
-
-@dataclass
-class Counters:
-    """What a writer did since it began; compared with the ledger by `verify`."""
-
-    worker: str
-    #: Unix milliseconds when it began.
-    since: int
-    #: Rows for which `record` returned, and the sum of their charges.
-    recorded: int = 0
-    charge: int = 0
-    #: Rows that are waiting to become durable.
-    waiting: int = 0
-    #: How rows became durable, and how many were folded in from the journal later.
-    to_database: int = 0
-    to_journal: int = 0
-    folded: int = 0
-    #: Flushes to the database: rows divided by these is the size of a batch.
-    flushes: int = 0
 
 
 class LedgerWriter:
@@ -64,22 +45,32 @@ class LedgerWriter:
         journal: Journal,
         *,
         worker: str,
+        tally: Tally | None = None,
+        write_through: bool = False,
+        fold_s: float = 0.1,
         retry_s: float = 0.5,
         patience_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`patience_s`: a flush that takes longer goes to the journal."""
-        self._database = database
-        self._journal = journal
-        self._retry_s, self._patience_s, self._clock = retry_s, patience_s, clock
-        self._waiting: list[tuple[LedgerRow, asyncio.Future[None]]] = []
-        self._wake = asyncio.Event()
-        self._disk = asyncio.Lock()
+        """
+        Args:
+            tally: where this life's counters are mirrored for `verify`.
+            write_through: `record` also waits for the database, unless it is away.
+            fold_s: pause between two folds.
+            retry_s: pause after the database failed.
+            patience_s: longest wait for the database in `record` and `close`.
+        """
+        self._database, self._journal = database, journal
+        self._write_through, self._fold_s, self._retry_s = write_through, fold_s, retry_s
+        self._patience_s, self._clock = patience_s, clock
+        self._scribe = Scribe(journal, tally, self._written)
+        #: Batches that are in the journal and not in the database, each with the journal's end behind it.
+        self._backlog: deque[tuple[list[bytes], int]] = deque()
+        self._backlogged, self._journaled, self._folded = asyncio.Event(), 0, 0
+        self._folding = asyncio.Lock()
         self._reserved = 0
-        self._away_until = float("-inf")
-        self._tasks: list[asyncio.Task[None]] = []
-        self._late: set[asyncio.Task[None]] = set()
-        self._closing = False
+        self._away_until = self._refuses_until = float("-inf")
+        self._tasks: set[asyncio.Task[None]] = set()
         self.counters = Counters(worker, since=time.time_ns() // 1_000_000)
 
     @property
@@ -87,23 +78,35 @@ class LedgerWriter:
         """Whether the database failed a moment ago."""
         return self._clock() < self._away_until
 
+    @property
+    def backlog(self) -> int:
+        """Rows that are in the journal and not in the database yet."""
+        return self._journaled - self._folded
+
     def start(self) -> None:
-        """Begins to write, and to fold in what this journal holds already."""
-        self._tasks = [asyncio.create_task(self._flush_forever()), asyncio.create_task(self._fold_forever())]
+        """Begins to write, and to fold in what this journal holds already.
+
+        Raises:
+            JournalError: it cannot be read.
+        """
+        if self._journal.size:
+            self._add(self._journal.records(), self._journal.end)
+        self._scribe.start()
+        self._keep(self._fold_forever())
 
     async def close(self) -> None:
         """Makes what waits durable, folds the journal in if the database is there, and ends."""
-        self._closing = True
-        self._wake.set()
-        if self._tasks:
-            flusher, folder = self._tasks
-            await flusher
-            folder.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await folder
-        if self._late:
-            await asyncio.wait(set(self._late))
-        await self.fold()
+        await self._scribe.stop()
+        # What the thread told last is done when all that was scheduled before has been.
+        await asyncio.sleep(0)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.flush(), self._patience_s)
+        if not self.backlog and self._journal.size:
+            with contextlib.suppress(JournalError):
+                await asyncio.to_thread(self._journal.drop, self._journal.end)
 
     def reserve(self) -> None:
         """Before a request is sent on: makes sure that its row will have room in the journal.
@@ -116,8 +119,13 @@ class LedgerWriter:
         needed = (self._reserved + 1) * (MOST_ROW_BYTES + HEAD_BYTES)
         if self._journal.size + needed > self._journal.most_bytes:
             raise JournalFullError(
-                "the ledger's database is away and the local journal has no room for another request: "
-                "bring the database back, or give `metering.journal_bytes` more."
+                "the ledger's database is away or slow, and the local journal has no room for another "
+                "request: bring the database back, or give `metering.journal_bytes` more."
+            )
+        if self._clock() < self._refuses_until:
+            raise JournalFullError(
+                f"neither the journal {self._journal.file} nor the ledger's database can be written: see to "
+                "the disk and the database."
             )
         self._reserved += 1
 
@@ -129,144 +137,111 @@ class LedgerWriter:
         """Returns once the row is durable. A cancelled caller's row is written all the same.
 
         Raises:
-            JournalError: neither the database nor the journal took it: the request must not be answered as
+            JournalError: neither the journal nor the database took it: the request must not be answered as
                 if it were counted.
             ValueError: the row is too large.
         """
         try:
-            encode(row)
+            data = encode(row)
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            # A caller that was cancelled will not look at a failure: that is no forgotten exception.
-            done.add_done_callback(lambda future: future.cancelled() or future.exception())
-            self._waiting.append((row, done))
+            self._scribe.put(Entry(data, row.charge, done))
             self.counters.waiting += 1
-            self._wake.set()
-            await asyncio.shield(done)
+            await done
+            if self._write_through and not self.away:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.flush(), self._patience_s)
         finally:
             if reserved:
                 self.release()
 
-    async def _flush_forever(self) -> None:
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._waiting:
-                batch, self._waiting = self._waiting, []
-                await self._flush(batch)
-            if self._closing:
-                return
-
-    async def _flush(self, batch: list[tuple[LedgerRow, asyncio.Future[None]]]) -> None:
-        rows = [row for row, _ in batch]
-        failure: JournalError | None = None
-        if await self._to_database(rows):
-            self.counters.to_database += len(rows)
-        else:
-            failure = await self._to_journal(rows)
-        self.counters.waiting -= len(rows)
-        if failure is None:
-            self.counters.recorded += len(rows)
-            self.counters.charge += sum(row.charge for row in rows)
-        for _, done in batch:
-            if failure is None:
-                done.set_result(None)
-            else:
-                done.set_exception(failure)
-
-    async def _to_database(self, rows: Sequence[LedgerRow]) -> bool:
-        if self.away:
-            return False
-        try:
-            await self._write(rows)
-        except FAILURES as error:
-            self._away_until = self._clock() + self._retry_s
-            log.warning("The ledger's database is away, the journal takes over: %s", error)
-            return False
-        self.counters.flushes += 1
+    async def flush(self) -> bool:
+        """Folds in every row that was recorded before this call; False: the database is away, they stay."""
+        target = self._journaled
+        async with self._folding:
+            while self._folded < target:
+                if not await self._fold_some():
+                    return False
         return True
 
-    async def _write(self, rows: Sequence[LedgerRow]) -> None:
-        """Writes to the database, or raises TimeoutError when `patience_s` is over.
-
-        What took too long is not waited for: a SQLite driver cannot be interrupted while it waits for a lock.
-        It may still succeed; the rows are then there already when the journal is folded in.
-        """
-        task = asyncio.create_task(write_rows(self._database, rows))
-        await asyncio.wait({task}, timeout=self._patience_s)
-        if task.done():
-            task.result()
+    def _written(self, entries: Sequence[Entry], end: int, error: JournalError | None) -> None:
+        """The journal took a batch, or refused it."""
+        if error is not None:
+            self._keep(self._rescue(entries, error))
             return
-        self._late.add(task)
-        task.add_done_callback(self._late.discard)
-        task.add_done_callback(lambda late: late.cancelled() or late.exception())
-        task.cancel()
-        raise TimeoutError(f"the database did not answer within {self._patience_s:g} s")
+        self.counters.to_journal += len(entries)
+        self._add([entry.data for entry in entries], end)
+        self._settle(entries, None)
 
-    async def _to_journal(self, rows: Sequence[LedgerRow]) -> JournalError | None:
-        async with self._disk:
-            try:
-                await asyncio.to_thread(self._journal.append, [encode(row) for row in rows])
-            except JournalError as error:
-                log.error("%d answered requests could not be recorded: %s", len(rows), error)
-                return error
-        self.counters.to_journal += len(rows)
-        return None
+    def _settle(self, entries: Sequence[Entry], error: JournalError | None) -> None:
+        self.counters.waiting -= len(entries)
+        if error is None:
+            self.counters.recorded += len(entries)
+            self.counters.charge += sum(entry.charge for entry in entries)
+        for _, _, done in entries:
+            if done.done():
+                continue
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+    def _add(self, records: list[bytes], end: int) -> None:
+        self._backlog.append((records, end))
+        self._journaled += len(records)
+        self._backlogged.set()
+
+    async def _rescue(self, entries: Sequence[Entry], error: JournalError) -> None:
+        """The journal's disk fails: the database itself is tried before the requests are."""
+        try:
+            await asyncio.wait_for(
+                write_encoded(self._database, [entry.data for entry in entries]), self._patience_s
+            )
+        except FAILURES as failure:
+            log.error("%d answered requests could not be recorded: %s %s", len(entries), error, failure)
+            self._refuses_until = self._clock() + self._retry_s
+            failed: JournalError | None = error
+        else:
+            self.counters.to_database += len(entries)
+            failed = None
+        self._scribe.decided(len(entries), sum(entry.charge for entry in entries), durable=failed is None)
+        self._settle(entries, failed)
 
     async def _fold_forever(self) -> None:
         while True:
-            if self._journal.size and not self.away:
-                await self.fold()
-            await asyncio.sleep(self._retry_s)
+            await self._backlogged.wait()
+            await asyncio.sleep(self._retry_s if self.away else self._fold_s)
+            await self.flush()
 
-    async def fold(self) -> bool:
-        """Moves the journal's rows into the database; False: the database is away, they stay.
-
-        Rows that are added meanwhile stay for the next time, and all are folded again then: those that are
-        in the ledger already count once.
-        """
-        async with self._disk:
-            size = self._journal.size
-            records = await asyncio.to_thread(self._journal.records) if size else []
+    async def _fold_some(self) -> bool:
+        """Moves some of the oldest rows into the database; whether it took them."""
+        records: list[bytes] = []
+        batches = 0
+        for some, _ in self._backlog:
+            if records and len(records) + len(some) > _ROWS_AT_ONCE:
+                break
+            records += some
+            batches += 1
         try:
-            rows = [decode(record) for record in records]
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                await self._write(rows[start : start + _ROWS_AT_ONCE])
-            async with self._disk:
-                if size and self._journal.size == size:
-                    await asyncio.to_thread(self._journal.clear)
-                    self.counters.folded += len(rows)
+            await write_encoded(self._database, records)
         except FAILURES as error:
+            if not self.away:
+                log.warning("The ledger's database is away, %d rows wait: %s", self.backlog, error)
             self._away_until = self._clock() + self._retry_s
-            log.info("The journal waits for the database: %s", error)
             return False
-        except (JournalError, msgspec.DecodeError) as error:
+        except msgspec.DecodeError as error:
             log.error("The journal %s cannot be folded in: %s", self._journal.file, error)
+            self._away_until = self._clock() + self._retry_s
             return False
+        end = [self._backlog.popleft() for _ in range(batches)][-1][1]
+        self._folded += len(records)
+        self.counters.folded += len(records)
+        self.counters.flushes += 1
+        if not self._backlog:
+            self._backlogged.clear()
+        self._scribe.drop(end)
         return True
 
-
-async def write_rows(database: Database, rows: Sequence[LedgerRow]) -> None:
-    """Adds rows in one transaction; those whose request id is there already are left as they are.
-
-    Raises:
-        DatabaseError, SQLAlchemyError, OSError: nothing is known to be written.
-    """
-    async with database.writing() as connection:
-        await insert_rows(connection, rows)
-
-
-async def insert_rows(connection: AsyncConnection, rows: Sequence[LedgerRow]) -> None:
-    """As `write_rows`, within a transaction of the caller."""
-    # In one order everywhere: two PostgreSQL transactions with common rows then wait instead of deadlocking.
-    ordered = sorted(rows, key=lambda row: row.request_id)
-    statement = insert_ignoring(connection, schema.ledger)
-    for start in range(0, len(ordered), _ROWS_AT_ONCE):
-        values = [msgspec.structs.asdict(row) for row in ordered[start : start + _ROWS_AT_ONCE]]
-        await connection.execute(statement, values)
-
-
-def insert_ignoring(connection: AsyncConnection, table: Any) -> Insert:
-    """An insert that leaves a row with the same primary key as it is, in the connection's dialect."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    statement: Insert = dialect.insert(table).on_conflict_do_nothing(index_elements=list(table.primary_key))
-    return statement
+    def _keep(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

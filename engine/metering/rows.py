@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ _LONGEST = {
     "request_id": 64,
     "key_id": 64,
     "tenant_id": 64,
+    "plan_id": 64,
     "model": 200,
     "category": 32,
     "unit": 16,
@@ -59,7 +61,7 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name, longest in _LONGEST.items():
-            text: str = getattr(self, name)
+            text: str = getattr(self, name) or ""
             if len(text) > longest or "\0" in text:
                 raise ValueError(
                     f"{name} of a ledger row is a text of at most {longest} characters: {text!r}"
@@ -68,22 +70,31 @@ class LedgerRow(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("a ledger row needs a request id.")
         if not 0 <= self.charge <= MOST_CHARGE:
             raise ValueError(f"a charge lies between 0 and {MOST_CHARGE}; this one is {self.charge}.")
+        if not 0 <= self.at < 2**63:
+            raise ValueError(f"`at` is a time in Unix milliseconds; this one is {self.at}.")
         for tokens in (self.prompt_tokens, self.completion_tokens):
             if tokens is not None and not 0 <= tokens < 2**63:
                 raise ValueError(f"a number of tokens is a positive 64-bit integer; this one is {tokens}.")
 
 
-_ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(LedgerRow)
+#: The columns of a row, in the order of `encode`'s values.
+COLUMNS = tuple(LedgerRow.__struct_fields__)
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack: Callable[[bytes], list[Any]] = msgspec.msgpack.Decoder(list[Any]).decode
+_WORK = COLUMNS.index("work")
 
 
 def encode(row: LedgerRow) -> bytes:
-    """A row as the journal keeps it.
+    """A row as the journal keeps it: its columns' values in order, `work` as JSON text.
 
     Raises:
-        ValueError: it takes more than MOST_ROW_BYTES.
+        ValueError: it takes more than MOST_ROW_BYTES, or `work` is no JSON.
     """
-    data = _ENCODER.encode(row)
+    values = msgspec.structs.astuple(row)
+    if row.work is not None:
+        values = (*values[:_WORK], _json(row.work), *values[_WORK + 1 :])
+    data = _pack(values)
     if len(data) > MOST_ROW_BYTES:
         raise ValueError(
             f"the row of request {row.request_id} takes {len(data)} bytes, more than {MOST_ROW_BYTES}: "
@@ -92,13 +103,35 @@ def encode(row: LedgerRow) -> bytes:
     return data
 
 
+def values(data: bytes) -> list[Any]:
+    """What `encode` wrote, as the columns of the ledger take it.
+
+    Raises:
+        msgspec.DecodeError: these bytes are no row.
+    """
+    found = _unpack(data)
+    if len(found) != len(COLUMNS):
+        raise msgspec.DecodeError(f"a row has {len(COLUMNS)} values, not {len(found)}.")
+    return found
+
+
 def decode(data: bytes) -> LedgerRow:
     """The row that `encode` wrote.
 
     Raises:
         msgspec.DecodeError: these bytes are no row.
     """
-    return _DECODER.decode(data)
+    fields = dict(zip(COLUMNS, values(data), strict=True))
+    if fields["work"] is not None:
+        fields["work"] = msgspec.json.decode(fields["work"])
+    return msgspec.convert(fields, LedgerRow)
+
+
+def _json(work: dict[str, Any]) -> str:
+    try:
+        return msgspec.json.encode(work).decode()
+    except (TypeError, UnicodeError) as error:
+        raise ValueError(f"`work` of a ledger row is JSON-able: {error}") from error
 
 
 def new_life() -> str:

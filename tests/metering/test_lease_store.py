@@ -9,11 +9,12 @@ import pytest
 
 from engine.metering.database import Database
 from engine.metering.journal import Journal, JournalError
-from engine.metering.lease_store import REQUESTS, LeaseStore, read_budget, settle_expired, settle_worker
+from engine.metering.lease_store import LeaseStore, read_budget, settle_expired, settle_worker
 from engine.metering.leases import Budget
 from engine.metering.ledger import write_rows
 from engine.metering.recovery import Recovered, begin_life, end_life, recover
 from engine.metering.rows import encode
+from engine.metering.settlement import REQUESTS
 from tests.metering.test_ledger import count, row
 
 PERIOD = "2026-11"

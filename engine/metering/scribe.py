@@ -1,0 +1,122 @@
+"""The thread that writes one worker's journal: rows that wait together are written together.
+
+While one batch is at the disk the next one gathers, so the number of writes follows the disk and not the
+number of requests. The event loop only puts a row into a queue and is woken once a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
+
+from engine.metering.counters import Tally
+from engine.metering.journal import Journal, JournalError
+
+log = logging.getLogger("hearth.ledger")
+
+
+class Entry(NamedTuple):
+    """One row on its way: as the journal keeps it, its charge, and who waits for it."""
+
+    data: bytes
+    charge: int
+    done: asyncio.Future[None]
+
+
+class _Drop(NamedTuple):
+    position: int
+
+
+class _Decided(NamedTuple):
+    """Rows that the journal refused: whether another place took them."""
+
+    rows: int
+    charge: int
+    durable: bool
+
+
+#: Called in the event loop: the batch, the journal's `end` behind it, and why it was not written.
+Written = Callable[[Sequence[Entry], int, JournalError | None], None]
+_Job = Entry | _Drop | _Decided | None
+
+
+class Scribe:
+    """Owns the journal between `start` and `stop`; its other methods are called in the event loop."""
+
+    def __init__(self, journal: Journal, tally: Tally | None, written: Written) -> None:
+        self._journal, self._tally, self._written = journal, tally, written
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="hearth-journal", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def put(self, entry: Entry) -> None:
+        """Hands a row over; `written` tells of it."""
+        self._jobs.put(entry)
+
+    def drop(self, position: int) -> None:
+        """The rows before this `end` of the journal are in the database."""
+        self._jobs.put(_Drop(position))
+
+    def decided(self, rows: int, charge: int, *, durable: bool) -> None:
+        """After `written` told of an error: whether the rows are durable all the same."""
+        self._jobs.put(_Decided(rows, charge, durable))
+
+    async def stop(self) -> None:
+        """Writes what was handed over before, then ends the thread."""
+        self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        going = True
+        while going:
+            jobs = self._take()
+            entries = [job for job in jobs if isinstance(job, Entry)]
+            if entries:
+                self._write(entries)
+            for job in jobs:
+                if isinstance(job, _Decided) and self._tally is not None:
+                    self._tally.end(job.rows, job.charge, durable=job.durable)
+            position = max((job.position for job in jobs if isinstance(job, _Drop)), default=0)
+            if position:
+                self._drop(position)
+            going = None not in jobs
+
+    def _take(self) -> list[_Job]:
+        """All jobs that wait, at least one."""
+        jobs = [self._jobs.get()]
+        while True:
+            try:
+                jobs.append(self._jobs.get_nowait())
+            except Empty:
+                return jobs
+
+    def _write(self, entries: list[Entry]) -> None:
+        error: JournalError | None = None
+        rows, charge = len(entries), sum(entry.charge for entry in entries)
+        if self._tally is not None:
+            self._tally.begin(rows)
+        try:
+            self._journal.append([entry.data for entry in entries])
+        except JournalError as failure:
+            error = failure
+        else:
+            if self._tally is not None:
+                self._tally.end(rows, charge, durable=True)
+        try:
+            self._loop.call_soon_threadsafe(self._written, entries, self._journal.end, error)
+        except RuntimeError:
+            # The loop was closed without a `close` of the writer: nobody waits any more; the rows are safe.
+            log.warning("%d rows were journaled after their event loop had ended.", rows)
+
+    def _drop(self, position: int) -> None:
+        try:
+            self._journal.drop(position)
+        except JournalError as error:
+            log.warning("%s", error)

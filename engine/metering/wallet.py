@@ -1,0 +1,410 @@
+"""What a worker may spend: blocks of budgets, leased before they are needed, so that admission is quick.
+
+Budgets, included requests and requests of a day are all *accounts*. A worker takes a request's cost from what
+it holds of an account, and when a third of that is left it leases the next block. All that waits for the
+database at one moment (blocks, spare units to give back) is one transaction. Of a *soft* account anything can
+be taken at any time: its limit is only told.
+
+What this worker holds is always less than what the store says that it holds: where the answer to a trade was
+lost, the next one tells the truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from engine.metering.budget_rows import Name
+from engine.metering.database import DatabaseAwayError, DatabaseError
+from engine.metering.lease_store import Given, LeaseStore, Order
+from engine.metering.leases import Budget, Purse
+from engine.metering.pricing import period_end_ms
+
+log = logging.getLogger("hearth.ledger")
+
+#: A soft account is leased against this, which no budget reaches, in blocks for this many requests at least.
+_UNBOUNDED, _SOFT_BLOCK = 2**62, 32
+#: Spare units that nobody took for `_IDLE_S` go back if their budget is scarce: if what all may still lease
+#: is less than so many times of it. After `_IDLE_ANYWAY_S` they go back in any case.
+_IDLE_S, _IDLE_ANYWAY_S, _SCARCE, _PLENTY, _LOOK_AGAIN_S = 1.0, 60.0, 16, 1000, 10.0
+#: An account that holds nothing and was not used for this long is forgotten here.
+_FORGET_S = 600.0
+#: How long an account is known to have nothing left, and a database that failed is not asked again.
+_NOTHING_S, _FAILED_S = 1.0, 0.5
+#: Longest wait for units that other workers have to spare, pause between two looks, and for the database.
+_WAIT_S, _PAUSE_S, _PATIENCE_S = 1.5, 0.1, 5.0
+#: Pause of `run` between two rounds; a period is over this long after its end by the clock.
+_ROUND_S, _OVER_MS = 0.5, 2000
+
+
+_period_end_ms = lru_cache(64)(period_end_ms)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What is counted for whom, when, and how far.
+
+    subject: the id of a key or tenant: its charges are counted; with "#requests" behind it its requests, with
+    "#included" those that were included, with "#day" those of a day.
+    period: a name of `pricing.period_name`; a day's for "#day". A ledger row counts where its `period` says,
+    for "#day" where its `at` lies.
+    """
+
+    subject: str
+    period: str
+    limit: int
+    hard: bool = True
+
+    @property
+    def name(self) -> Name:
+        return (self.subject, self.period)
+
+
+@dataclass
+class _Held:
+    """What this worker holds of one budget."""
+
+    purse: Purse
+    limit: int
+    hard: bool
+    #: Whether the store was asked before.
+    known: bool = False
+    #: The budget without this worker's share, as it was last seen.
+    others: int = 0
+    #: Size of the last block, to know when a third of it is left.
+    block: int = 0
+    #: With the next trade: whether the spare units go back, and the cost of a request that waits.
+    giving: bool = False
+    wanted: int = 0
+    #: Tells when the trade that is under way for it has ended.
+    trade: asyncio.Future[None] | None = None
+    #: A trade's answer was lost: the next one tells what this worker holds.
+    doubt: bool = False
+    #: Until when the store is known to have nothing, and what other workers had to spare then.
+    nothing_until: float = float("-inf")
+    elsewhere: int = 0
+    #: What they had to spare when waiting for it was in vain.
+    vain: int = 0
+    used_at: float = 0.0
+    looked_at: float = 0.0
+
+    def overdraw(self, cost: int) -> None:
+        """Takes from a soft account what is not leased yet; the next block is for it."""
+        self.purse.held += cost
+
+
+class Wallet:
+    """One life's holdings; made and used in one event loop, with `run` in the background."""
+
+    def __init__(
+        self,
+        store: LeaseStore,
+        *,
+        workers: int = 1,
+        flush: Callable[[], Awaitable[bool]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        """
+        Args:
+            store: this life's leases.
+            workers: about how many workers share a budget.
+            flush: brings this worker's rows into the database, before a period that is over is settled.
+            clock: seconds.
+            now_ms: wall clock, Unix milliseconds.
+        """
+        self._store, self._workers, self._flush = store, workers, flush
+        self._clock, self._now_ms = clock, now_ms
+        self._held: dict[Name, _Held] = {}
+        #: Accounts that wait for the next trade, and the future that tells of its end.
+        self._next: dict[Name, _Held] = {}
+        self._next_done: asyncio.Future[None] | None = None
+        self._trader: asyncio.Task[None] | None = None
+        self._failure, self._failed_until = "", float("-inf")
+
+    def take(self, account: Account, cost: int) -> bool:
+        """Takes a request's cost from what this worker holds; then once either `spend` or `put_back`.
+
+        False: ask `acquire`.
+        """
+        held = self._held.get((account.subject, account.period))
+        if held is None or held.limit != account.limit or held.hard != account.hard or held.giving:
+            return False
+        if not held.purse.take(cost):
+            if held.hard or not held.known:
+                return False
+            held.overdraw(cost)
+        now = held.used_at = self._clock()
+        if held.purse.spare * 3 < held.block and self._may_refill(held, now):
+            self._order(account.name, held, cost)
+        return True
+
+    async def acquire(self, account: Account, cost: int) -> bool:
+        """As `take`, leasing more where needed; False: not enough is left anywhere.
+
+        Units that other workers hold and do not use are waited for, at most 1.5 s.
+
+        Raises:
+            DatabaseAwayError: it cannot be known, since the database fails. Never for a soft account.
+        """
+        held = self._hold(account)
+        gives_up_at: float | None = None
+        while True:
+            now = held.used_at = self._clock()
+            if not held.giving and held.purse.take(cost):
+                return True
+            if now < held.nothing_until and held.elsewhere == held.vain:
+                return self._nothing(held, cost)
+            try:
+                await self._traded(account.name, held, cost)
+            except DatabaseAwayError:
+                if held.hard:
+                    raise
+                return self._nothing(held, cost)
+            if held.purse.take(cost):
+                return True
+            if self._clock() >= held.nothing_until:
+                continue
+            if gives_up_at is None:
+                gives_up_at = now + _WAIT_S
+            if held.elsewhere == held.vain or self._clock() >= gives_up_at:
+                held.vain = held.elsewhere
+                return self._nothing(held, cost)
+            await asyncio.sleep(_PAUSE_S)
+
+    def spend(self, account: Account, cost: int) -> None:
+        """The request was answered and its row is durable: what was taken is gone.
+
+        Raises:
+            ValueError: it was not taken.
+        """
+        self._of(account).purse.spend(cost)
+
+    def put_back(self, account: Account, cost: int) -> None:
+        """The request is not charged: what was taken can be taken again.
+
+        Raises:
+            ValueError: it was not taken.
+        """
+        self._of(account).purse.put_back(cost)
+
+    def remaining(self, account: Account) -> int:
+        """What is left of the limit as this worker knows it: less than nothing only where it is soft.
+
+        Units that other workers hold count as gone; with one worker it is exact.
+        """
+        held = self._held.get(account.name)
+        if held is None:
+            return account.limit
+        left = account.limit - held.others - held.purse.spent - held.purse.held
+        return max(0, left) if account.hard else left
+
+    async def renew(self) -> None:
+        """Says that this worker lives: all that it holds lasts again from now.
+
+        Raises:
+            DatabaseError: the database failed.
+        """
+        until = self._clock() + self._store.lasts_s
+        await self._store.renew()
+        for held in self._held.values():
+            held.purse.until = until
+
+    async def run(self) -> None:
+        """Upkeep until it is cancelled: idle units and periods that are over."""
+        while True:
+            await asyncio.sleep(_ROUND_S)
+            if self._clock() < self._failed_until:
+                continue
+            try:
+                await self.tidy()
+            except DatabaseError as error:
+                self._fail(error)
+
+    async def tidy(self) -> None:
+        """Gives back what lies idle, and settles periods that are over.
+
+        Raises:
+            DatabaseError: the database failed; it is done the next time.
+        """
+        now = self._clock()
+        over = [name for name in self._held if _period_end_ms(name[1]) + _OVER_MS <= self._now_ms()]
+        await self._give_back([name for name in over if self._held[name].purse.spare > 0])
+        await self._settle(over)
+        idle = [
+            name
+            for name, held in self._held.items()
+            if held.purse.spare > 0 and now - held.used_at > _IDLE_S and now >= held.looked_at
+        ]
+        if idle:
+            budgets = await self._store.look(idle)
+            await self._give_back([name for name, budget in budgets.items() if self._is_idle(name, budget)])
+        await self._give_back([name for name, held in self._held.items() if held.doubt])
+        for name, held in list(self._held.items()):
+            empty = held.known and not held.purse.spare and self._is_done(name)
+            if empty and now - held.used_at > _FORGET_S:
+                del self._held[name]
+
+    async def close(self) -> None:
+        """Waits for a trade that is under way. What is held is settled with the life."""
+        while self._trader is not None:
+            await asyncio.wait({self._trader})
+
+    def _may_refill(self, held: _Held, now: float) -> bool:
+        asked = held.wanted or held.trade is not None
+        return not asked and now >= held.nothing_until and now >= self._failed_until
+
+    def _hold(self, account: Account) -> _Held:
+        """What is held of an account; a changed limit gives the spare units back before anything is taken."""
+        held = self._held.get(account.name)
+        if held is None:
+            held = self._held[account.name] = _Held(Purse(self._clock), account.limit, account.hard)
+        if held.limit != account.limit or held.hard != account.hard:
+            held.limit, held.hard, held.giving = account.limit, account.hard, True
+            held.nothing_until, held.vain = float("-inf"), 0
+        return held
+
+    def _of(self, account: Account) -> _Held:
+        held = self._held.get(account.name)
+        if held is None:
+            raise ValueError(f"nothing was taken of {account.subject} in {account.period}.")
+        return held
+
+    def _nothing(self, held: _Held, cost: int) -> bool:
+        if not held.hard:
+            held.overdraw(cost)
+        return not held.hard
+
+    def _is_idle(self, name: Name, budget: Budget) -> bool:
+        """Whether an account's spare units shall go back, now that its budget was looked at."""
+        held = self._held.get(name)
+        if held is None or held.purse.spare <= 0:
+            return False
+        now = self._clock()
+        held.others = budget.used + budget.leased - held.purse.granted
+        room = held.limit - budget.used - budget.leased
+        held.looked_at = now + (_LOOK_AGAIN_S if room > _PLENTY * held.purse.spare else _IDLE_S)
+        idle_s = now - held.used_at
+        return idle_s > _IDLE_ANYWAY_S or (idle_s > _IDLE_S and room < _SCARCE * held.purse.spare)
+
+    async def _give_back(self, names: Iterable[Name]) -> None:
+        done = None
+        for name in names:
+            held = self._held[name]
+            held.giving = True
+            done = self._order(name, held, 0)
+        if done is not None:
+            await asyncio.wait({done})
+
+    async def _settle(self, names: list[Name]) -> None:
+        if not any(self._is_done(name) for name in names):
+            return
+        if self._flush is not None and not await self._flush():
+            return
+        # Whoever is late for a period that is over has it opened again, and it is settled once more.
+        gone = {name: self._held.pop(name) for name in names if self._is_done(name)}
+        try:
+            await self._store.settle(name for name, held in gone.items() if held.known)
+        except DatabaseError:
+            self._held = {**gone, **self._held}
+            raise
+
+    def _is_done(self, name: Name) -> bool:
+        held = self._held[name]
+        return not held.purse.held and not held.wanted and held.trade is None
+
+    async def _traded(self, name: Name, held: _Held, cost: int) -> None:
+        """Waits until the store has answered.
+
+        Raises:
+            DatabaseAwayError: it did not, or failed, now or a moment ago.
+        """
+        if self._clock() < self._failed_until:
+            raise DatabaseAwayError(self._failure)
+        done = held.trade
+        if done is None or held.giving:
+            done = self._order(name, held, cost)
+        # Not the future itself: a caller that is cancelled must not cancel it for the others.
+        await asyncio.wait({done}, timeout=_PATIENCE_S)
+        if not done.done():
+            raise DatabaseAwayError(f"the ledger's database did not answer within {_PATIENCE_S:g} s.")
+        done.result()
+
+    def _order(self, name: Name, held: _Held, cost: int) -> asyncio.Future[None]:
+        """Has an account in the next trade, which begins as soon as the one under way has ended."""
+        held.wanted = max(held.wanted, cost)
+        self._next[name] = held
+        if self._next_done is None:
+            self._next_done = asyncio.get_running_loop().create_future()
+            # Where nobody waits for a failure, it is no forgotten exception.
+            self._next_done.add_done_callback(lambda future: future.cancelled() or future.exception())
+        if self._trader is None:
+            self._trader = asyncio.create_task(self._trade_all())
+        return self._next_done
+
+    async def _trade_all(self) -> None:
+        try:
+            while self._next_done is not None:
+                wanting, done = self._next, self._next_done
+                self._next, self._next_done = {}, None
+                for held in wanting.values():
+                    held.trade = done
+                try:
+                    await self._trade(wanting)
+                except Exception as error:  # Whatever it was: those who wait must be told.
+                    self._fail(error)
+                    done.set_exception(DatabaseAwayError(self._failure))
+                else:
+                    done.set_result(None)
+                for held in wanting.values():
+                    held.trade = None
+        finally:
+            self._trader = None
+
+    async def _trade(self, wanting: dict[Name, _Held]) -> None:
+        asked_at, orders = self._clock(), []
+        for (subject, period), held in wanting.items():
+            back = max(0, held.purse.spare) if held.giving else 0
+            held.purse.granted -= back
+            cost = held.wanted + max(0, -held.purse.spare) if held.wanted else 0
+            orders.append(
+                Order(
+                    subject,
+                    period,
+                    limit=held.limit if held.hard else _UNBOUNDED,
+                    share_of=held.limit,
+                    back=back,
+                    cost=cost if held.hard else cost * _SOFT_BLOCK,
+                    workers=self._workers,
+                    unspared=held.purse.spent + held.purse.held,
+                )
+            )
+            held.giving, held.wanted, held.doubt = False, 0, True
+        for order, held, given in zip(orders, wanting.values(), await self._store.trade(orders), strict=True):
+            self._apply(held, order, given)
+            held.purse.until = asked_at + self._store.lasts_s
+
+    def _apply(self, held: _Held, order: Order, given: Given) -> None:
+        purse = held.purse
+        if not held.known:
+            # A lease that was settled too early, or forgotten here: all of it was spent.
+            purse.spent += given.before
+        held.known, held.doubt = True, False
+        purse.granted = given.before + given.units
+        purse.short = 0
+        held.others = given.budget.used + given.budget.leased - purse.granted
+        if given.units:
+            held.block, held.vain, held.elsewhere = given.units, 0, 0
+            held.nothing_until = float("-inf")
+        elif order.cost:
+            held.elsewhere = given.elsewhere
+            held.nothing_until = self._clock() + _NOTHING_S
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = f"What is left of budgets cannot be read: {error}"
+        self._failed_until = self._clock() + _FAILED_S
+        log.warning("%s", self._failure)
