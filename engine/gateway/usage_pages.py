@@ -16,11 +16,11 @@ from pydantic import BaseModel, Field
 
 from engine.errors import ApiError, bad_request
 from engine.gateway.admin import FAILURES
+from engine.gateway.standing import PlanStanding, plan_standing
 from engine.metering.database import Database, DatabaseAwayError, DatabaseError
 from engine.metering.keyring import Caller
 from engine.metering.moments import MomentError, Span, parse_moment, shown_moment, span_of
-from engine.metering.plans import Budget
-from engine.metering.standing import Standing, read_standing
+from engine.metering.standing import read_standing
 from engine.metering.usage import Asked, asked_of, read_usage
 
 log = logging.getLogger("hearth.usage")
@@ -75,36 +75,6 @@ class TenantPart(Part):
 
 class KeyPart(Part):
     key: str = Field(description="Its id.")
-
-
-class Included(BaseModel):
-    """Requests of each period that cost nothing."""
-
-    limit: int
-    used: int
-    left: int
-
-
-class BudgetStanding(Budget):
-    """The most of a period, and where it stands."""
-
-    used: int
-    left: int
-
-
-class PlanStanding(BaseModel):
-    """The caller's plan and where it stands in the present period."""
-
-    id: str
-    name: str
-    unit: str = Field(description="What charges are in: 'credits' or a currency's smallest unit.")
-    counts: Literal["key", "tenant"] = Field(description="Whose requests count together.")
-    period: str = Field(description="'2026-11' or '2026-11-24'.")
-    period_ends: str
-    requests: int = Field(description="Answered in this period, of all that count together.")
-    charge: int
-    included: Included | None = Field(description="null where the plan includes none.")
-    budget: BudgetStanding | None = Field(description="null where the plan has no bound.")
 
 
 class UsageAnswer(BaseModel):
@@ -184,7 +154,7 @@ def make_usage(
             scope=scope,
             key=asked.key_id,
             tenant=tenant,
-            plan=None if standing is None else _plan(standing),
+            plan=None if standing is None else plan_standing(standing),
         )
 
     @router.get(
@@ -230,29 +200,6 @@ def _span(since: str | None, until: str | None, period: Literal["month", "day"],
 
 def _document(sums: dict[str, Any], span: Span) -> dict[str, Any]:
     return {"since": shown_moment(span.since), "until": shown_moment(span.until), **sums}
-
-
-def _plan(standing: Standing) -> PlanStanding:
-    plan, spec = standing.plan, standing.plan.spec
-    included = budget = None
-    if spec.included:
-        included = Included(limit=spec.included, used=standing.included, left=standing.included_left)
-    if spec.budget is not None and standing.budget_left is not None:
-        budget = BudgetStanding(
-            **spec.budget.model_dump(), used=standing.budget_used, left=standing.budget_left
-        )
-    return PlanStanding(
-        id=plan.id,
-        name=plan.name,
-        unit=plan.charged_in,
-        counts=spec.counts,
-        period=standing.period,
-        period_ends=shown_moment(standing.ends),
-        requests=standing.requests,
-        charge=standing.charge,
-        included=included,
-        budget=budget,
-    )
 
 
 def _unreadable(error: DatabaseError) -> ApiError:

@@ -56,22 +56,31 @@ async def read_standing(database: Database, caller: Caller, now_ms: int) -> Stan
     """
     if caller.plan is None:
         return None
-    period = period_name(caller.plan.spec.period, now_ms)
+    return await standing_under(database, caller.plan, caller.subject, now_ms)
+
+
+async def standing_under(database: Database, plan: Plan, subject: str, now_ms: int) -> Standing:
+    """The standing of a key or, where the plan counts by tenants, of a tenant (by its id).
+
+    Raises:
+        DatabaseError: the database failed.
+    """
+    period = period_name(plan.spec.period, now_ms)
     async with database.reading() as connection:
-        requests, charge, included = await _used(connection, caller, period)
-    return Standing(caller.plan, period, requests, charge, included)
+        requests, charge, included = await _used(connection, plan, subject, period)
+    return Standing(plan, period, requests, charge, included)
 
 
-async def _used(connection: AsyncConnection, caller: Caller, period: str) -> tuple[int, int, int]:
+async def _used(connection: AsyncConnection, plan: Plan, subject: str, period: str) -> tuple[int, int, int]:
     table = schema.ledger
-    owner = table.c.tenant_id if caller.subject == caller.tenant.id else table.c.key_id
+    owner = table.c.tenant_id if plan.spec.counts == "tenant" else table.c.key_id
     found = await connection.execute(
         select(
             func.count(),
             func.coalesce(func.sum(table.c.charge), 0),
             func.count().filter(table.c.included.is_(True)),
         ).where(
-            owner == caller.subject,
+            owner == subject,
             # A request counts where it was admitted, so its row is never older than its period; this is what
             # the index on (owner, at) needs to find the rows.
             table.c.at >= period_span(period).since,
