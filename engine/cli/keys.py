@@ -24,6 +24,8 @@ from engine.cli.store import (
 )
 
 if TYPE_CHECKING:
+    from engine.metering.database import Database
+    from engine.metering.keyring import Caller
     from engine.metering.keys import Key
 
 app = typer.Typer(help="API keys: create, list, show, rotate, revoke.", no_args_is_help=True)
@@ -50,7 +52,9 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Make a key. It is shown this once; only its hash is kept."""
+    from engine.cli.terms import in_short
     from engine.metering import keys
+    from engine.metering.callers import caller_of
     from engine.metering.lookup import AccessError
 
     ends = None if expires is None else moment_ms(expires, keys.now_ms())
@@ -64,14 +68,20 @@ def create(
         )
     except AccessError as error:
         fail(str(error))
-    text, key = with_database(
-        config,
-        state_dir,
-        lambda database: keys.create(
+
+    async def make(database: Database) -> tuple[str, Caller]:
+        text, key = await keys.create(
             database, name=name, tenant=tenant, plan=plan, expires_at=ends, admin=admin, allowed=allowed
-        ),
-    )
-    print(json.dumps({"key": text, **_data(key)}, indent=2) if as_json else text)
+        )
+        return text, await caller_of(database, key)
+
+    text, caller = with_database(config, state_dir, make)
+    if as_json:
+        print(json.dumps({"key": text, **_data(caller.key), "plan": _plan(caller)}, indent=2))
+        return
+    # Beside the key, which may go through a pipe.
+    Console(stderr=True).print(in_short(caller), highlight=False, markup=False, soft_wrap=True)
+    print(text)
 
 
 @app.command(name="list")
@@ -103,12 +113,16 @@ def list_keys(
 def show(
     key: WhichKey, config: ConfigFile = None, state_dir: StateDir = None, as_json: AsJson = False
 ) -> None:
-    """Show all that is kept of a key."""
-    from engine.metering import keys
+    """Show all that is kept of a key, the plan that applies to it, and where it stands under that."""
+    from engine.cli.terms import plan_rows, standing_data, standing_rows
+    from engine.metering.callers import key_standing
 
-    data = _data(with_database(config, state_dir, lambda database: keys.find(database, key)))
+    caller, standing = with_database(
+        config, state_dir, lambda database: key_standing(database, key, _now_ms())
+    )
+    data = _data(caller.key)
     if as_json:
-        print(json.dumps(data, indent=2))
+        print(json.dumps({**data, "plan": _plan(caller), "standing": standing_data(standing)}, indent=2))
         return
     table = Table(show_header=False, box=None)
     for name, value in data.items():
@@ -116,6 +130,15 @@ def show(
         if isinstance(value, dict):
             text = "; ".join(f"{what}: {', '.join(names)}" for what, names in value.items() if names) or "all"
         table.add_row(name, "" if text is None else str(text))
+    if caller.plan is None:
+        table.add_row("plan", "none: requests cost nothing and have no limit")
+    else:
+        whose = "the key's own" if caller.key.plan_id else f"that of its tenant, {caller.tenant.name}"
+        table.add_row("plan", f"{caller.plan.name} ({whose})")
+        for name, text in plan_rows(caller.plan):
+            table.add_row(f"  {name}", text)
+    for name, text in [] if standing is None else standing_rows(standing):
+        table.add_row(name, text)
     Console().print(table)
 
 
@@ -162,6 +185,11 @@ def _data(key: Key) -> dict[str, Any]:
     """What is told of a key: all but its digest."""
     data = key.model_dump(mode="json", exclude={"sha256"})
     return {"id": data.pop("id"), "state": key.state(_now_ms()), **data}
+
+
+def _plan(caller: Caller) -> dict[str, Any] | None:
+    """The plan that applies, with all its terms."""
+    return None if caller.plan is None else caller.plan.model_dump(mode="json")
 
 
 def _may(key: Key) -> str:

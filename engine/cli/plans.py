@@ -140,6 +140,7 @@ def change(
 @app.command(name="list")
 def list_plans(config: ConfigFile = None, state_dir: StateDir = None, as_json: AsJson = False) -> None:
     """List all plans."""
+    from engine.cli.terms import budget_of
     from engine.metering import planstore
     from engine.metering.pricing import money
 
@@ -152,7 +153,7 @@ def list_plans(config: ConfigFile = None, state_dir: StateDir = None, as_json: A
         column.no_wrap = True
     for plan in found:
         included = f"{plan.spec.included} a {plan.spec.period}" if plan.spec.included else "none"
-        table.add_row(plan.id, plan.name, money(plan.spec.price, plan), included, _budget(plan))
+        table.add_row(plan.id, plan.name, money(plan.spec.price, plan), included, budget_of(plan))
     Console().print(table)
 
 
@@ -240,33 +241,12 @@ def _whole(what: str, text: str, *, may_be_none: bool = True) -> int | None:
 
 
 def _tell_one(plan: Plan, as_json: bool) -> None:
-    from engine.metering.pricing import money
+    from engine.cli.terms import plan_rows
 
     if as_json:
         print(plan.model_dump_json(indent=2))
         return
-    spec, table = plan.spec, Table(show_header=False, box=None)
-    table.add_row("id", plan.id)
-    table.add_row("name", plan.name)
-    table.add_row("a request", money(spec.price, plan))
-    for name, amount in [*spec.categories.items(), *spec.models.items()]:
-        kind = "models" if name in spec.categories else ""
-        table.add_row(f"  {name} {kind}".rstrip(), money(amount, plan))
-    table.add_row("included", f"{spec.included} requests a {spec.period}" if spec.included else "none")
-    table.add_row("budget", _budget(plan))
-    table.add_row("counted", f"per {spec.counts}")
-    for name in ("requests_per_minute", "requests_per_day", "concurrent", "max_context"):
-        limit = getattr(spec, name)
-        table.add_row(name.replace("_", " "), "no limit" if limit is None else str(limit))
-    table.add_row("weight", str(spec.weight))
+    table = Table(show_header=False, box=None)
+    for row in (("id", plan.id), ("name", plan.name), *plan_rows(plan)):
+        table.add_row(*row)
     Console().print(table)
-
-
-def _budget(plan: Plan) -> str:
-    from engine.metering.pricing import money
-
-    budget = plan.spec.budget
-    if budget is None:
-        return "no bound"
-    amount = f"{budget.limit} requests" if budget.of == "requests" else money(budget.limit, plan)
-    return f"{amount} a {plan.spec.period}{'' if budget.hard else ', soft'}"

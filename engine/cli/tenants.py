@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,11 +50,32 @@ def list_tenants(config: ConfigFile = None, state_dir: StateDir = None, as_json:
 def show(
     tenant: WhichTenant, config: ConfigFile = None, state_dir: StateDir = None, as_json: AsJson = False
 ) -> None:
-    """Show one tenant."""
-    from engine.metering import tenants
+    """Show one tenant, its plan, and where it stands under that."""
+    from engine.cli.terms import plan_rows, standing_data, standing_rows
+    from engine.metering.callers import tenant_standing
 
-    found = with_database(config, state_dir, lambda database: tenants.find(database, tenant))
-    _tell([found], as_json, one=True)
+    found, plan, standing = with_database(
+        config, state_dir, lambda database: tenant_standing(database, tenant, int(time.time() * 1000))
+    )
+    if as_json:
+        terms = None if plan is None else plan.model_dump(mode="json")
+        data = {**found.model_dump(mode="json"), "plan": terms, "standing": standing_data(standing)}
+        print(json.dumps(data, indent=2))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("id", found.id)
+    table.add_row("name", found.name)
+    table.add_row("made", f"{shown_time(found.created_at)} UTC")
+    if found.closed_at is not None:
+        table.add_row("closed", f"{shown_time(found.closed_at)} UTC: its keys are refused")
+    table.add_row("plan", plan.name if plan else "none: requests cost nothing and have no limit")
+    for name, text in [] if plan is None else plan_rows(plan):
+        table.add_row(f"  {name}", text)
+    for name, text in [] if standing is None else standing_rows(standing):
+        table.add_row(name, text)
+    if plan is not None and standing is None:
+        table.add_row("used", "counted per key: `hearth keys show KEY`")
+    Console().print(table)
 
 
 @app.command(name="set-plan")

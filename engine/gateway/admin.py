@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.errors import ApiError
 from engine.gateway import schemas
+from engine.gateway.standing import PlanStanding, plan_standing
 from engine.metering import keys, planstore, tenants
+from engine.metering.callers import key_standing, tenant_standing
 from engine.metering.database import Database, DatabaseAwayError, DatabaseError
 from engine.metering.keyring import KeyRing
 from engine.metering.keys import Allowed, Key, now_ms
@@ -45,6 +47,22 @@ class KeyCard(BaseModel):
     revoked_at: int | None
     admin: bool
     allowed: Allowed
+
+
+class KeyDetail(KeyCard):
+    """A key with the plan that applies to it and where it stands under that."""
+
+    plan: Plan | None = Field(description="Its own, or its tenant's; null = no price and no limits.")
+    standing: PlanStanding | None = Field(description="In the present period; null without a plan.")
+
+
+class TenantDetail(Tenant):
+    """A tenant with its plan and where it stands under that."""
+
+    plan: Plan | None
+    standing: PlanStanding | None = Field(
+        description="In the present period; null without a plan, and where each key counts by itself."
+    )
 
 
 class NewKey(KeyCard):
@@ -140,9 +158,14 @@ def _add_keys(router: APIRouter, database: Database, ring: KeyRing) -> None:
         await ring.refresh()
         return NewKey(key=text, **_card(key).model_dump())
 
-    @router.get("/keys/{key}", summary="One key")
-    async def show_key(key: Named) -> KeyCard:
-        return _card(await keys.find(database, key))
+    @router.get("/keys/{key}", summary="One key, its plan and where it stands")
+    async def show_key(key: Named) -> KeyDetail:
+        caller, standing = await key_standing(database, key, now_ms())
+        return KeyDetail(
+            **_card(caller.key).model_dump(),
+            plan=caller.plan,
+            standing=None if standing is None else plan_standing(standing),
+        )
 
     @router.post("/keys/{key}/rotate", status_code=201, summary="A new key with the same terms")
     async def rotate_key(key: Named, asked: RotationAsked | None = None) -> NewKey:
@@ -167,9 +190,14 @@ def _add_tenants(router: APIRouter, database: Database, ring: KeyRing) -> None:
     async def create_tenant(asked: TenantAsked) -> Tenant:
         return await tenants.create(database, asked.name, plan=asked.plan)
 
-    @router.get("/tenants/{tenant}", summary="One tenant")
-    async def show_tenant(tenant: Named) -> Tenant:
-        return await tenants.find(database, tenant)
+    @router.get("/tenants/{tenant}", summary="One tenant, its plan and where it stands")
+    async def show_tenant(tenant: Named) -> TenantDetail:
+        found, plan, standing = await tenant_standing(database, tenant, now_ms())
+        return TenantDetail(
+            **found.model_dump(),
+            plan=plan,
+            standing=None if standing is None else plan_standing(standing),
+        )
 
     @router.patch("/tenants/{tenant}", summary="Give a tenant another plan, close it or open it again")
     async def change_tenant(tenant: Named, asked: TenantChange) -> Tenant:
