@@ -1,10 +1,10 @@
-"""A short run of the kill test; the long one is `python -m benchmarks.ledger_crash`."""
+"""A short run of the kill test; the long one is `python -m benchmarks.ledger_crash --writers 8`."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.ledger_crash import run
+from benchmarks.crash.writers import run
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])

@@ -1,0 +1,232 @@
+"""Rounds of load and killing: the load goes on, parts of Hearth are killed and come back, the books are held
+to what clients were told."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.crash.audit import Counted, Faults, audit, audit_rest, settled, verify
+from benchmarks.crash.clients import Connection, Load, serve_one
+from benchmarks.crash.customers import Customer, make_customers, terms
+from benchmarks.crash.databases import PostgreSQL, SQLite, database
+from benchmarks.crash.house import House
+from engine.metering.database import Database
+from engine.metering.opening import opened
+
+#: Gateways hear of new keys within a second.
+_NEWS_S = 1.5
+_PAUSE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What one run does."""
+
+    database: str
+    rounds: int
+    workers: int = 3
+    seed: int = 0
+    #: Rounds between two audits; each era has new keys.
+    era: int = 50
+    clients: int = 24
+    pace_s: float = 0.04
+    #: Load between two kills, seconds.
+    between_s: tuple[float, float] = (0.2, 0.8)
+    #: Requests of an era that its limits are made for, a round.
+    requests_a_round: int = 150
+    #: One key whose hard budget has so many requests, instead of several kinds of limits; 0 = no.
+    budget: int = 0
+
+
+@dataclass
+class Figures:
+    """What one run found."""
+
+    database: str
+    workers: int
+    rounds: int = 0
+    killed: Counter[str] = field(default_factory=Counter)
+    tries: int = 0
+    answered: int = 0
+    rows: int = 0
+    unanswered: int = 0
+    cut: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    faults: Faults = field(default_factory=Faults)
+    #: Longest that the ledger took to have everything, once nothing was in flight.
+    settled_s: float = 0.0
+    seconds: float = 0.0
+    left_processes: int = 0
+
+    @property
+    def good(self) -> bool:
+        return self.faults.good and not self.left_processes
+
+    def take(self, counted: Counted) -> None:
+        self.answered += counted.answered
+        self.rows += counted.rows
+        self.unanswered += counted.unanswered
+        self.cut += counted.cut
+        self.tries += counted.tries
+        self.refused += counted.codes
+
+    def document(self) -> dict[str, Any]:
+        return {**asdict(self), "good": self.good}
+
+
+class Run:
+    """One run, in a folder of its own."""
+
+    def __init__(
+        self, wanted: Wanted, house: House, store: SQLite | PostgreSQL, tell: Callable[[str], None]
+    ) -> None:
+        self._wanted, self._house, self._store, self._tell = wanted, house, store, tell
+        self._chance = random.Random(wanted.seed)
+        self.figures = Figures(wanted.database, wanted.workers)
+
+    async def all(self) -> None:
+        """All rounds, era by era."""
+        wanted, began = self._wanted, time.monotonic()
+        async with opened(self._house.config) as books:
+            try:
+                self._house.begin()
+                await self._house.ready()
+                era = 0
+                while self.figures.rounds < wanted.rounds:
+                    await self._era(books, era, min(wanted.era, wanted.rounds - self.figures.rounds))
+                    era += 1
+                    self.figures.seconds = time.monotonic() - began
+                    self._tell(summary(self.figures))
+                    if wanted.budget:
+                        break
+            finally:
+                await self._house.stop()
+                self.figures.left_processes = len(self._house.left())
+
+    async def _era(self, books: Database, era: int, rounds: int) -> None:
+        wanted, figures = self._wanted, self.figures
+        plans = terms(wanted.requests_a_round * rounds)
+        if wanted.budget:
+            plans = [("hard", {"price": 3, "budget": {"limit": wanted.budget, "of": "requests"}}, 1, False)]
+        customers = await make_customers(books, era, plans)
+        await asyncio.sleep(_NEWS_S)
+        load = Load(self._house.port, customers, wanted.clients, wanted.pace_s, seed=wanted.seed * 1000 + era)
+        load.start()
+        try:
+            load.going.set()
+            for _ in range(rounds):
+                await asyncio.sleep(self._chance.uniform(*wanted.between_s))
+                load.check()
+                self._house.check()
+                await self._kill()
+                figures.rounds += 1
+                await self._house.serves(max(1, wanted.workers - 1))
+                if wanted.budget and customers[0].codes["429 insufficient_quota"] > wanted.clients:
+                    break
+            await self._house.ready()
+            async with asyncio.timeout(_PAUSE_S):
+                await load.pause()
+        finally:
+            await load.close()
+        await self._settled(books)
+        limited = [each for each in customers if each.most is not None and not each.retries]
+        await self._use_up(limited)
+        await self._settled(books)
+        figures.take(await audit(books, customers, figures.faults))
+        for customer in limited:
+            await audit_rest(books, customer, figures.faults)
+        await verify(self._house.config, figures.faults)
+
+    async def _settled(self, books: Database) -> None:
+        took = await settled(books, self._house.config)
+        self.figures.settled_s = max(self.figures.settled_s, round(took, 2))
+
+    async def _use_up(self, customers: Sequence[Customer]) -> None:
+        """Asks until each of them is told that its limit is reached, by several connections each."""
+
+        async def caller(customer: Customer, seed: int) -> None:
+            connection, chance, refused = Connection(self._house.port), random.Random(seed), 0
+            try:
+                # A limit that does not hold is found by the audit.
+                while refused < 2 and len(customer.answered) <= (customer.most or 0) + 50:
+                    found = await serve_one(connection, customer, chance)
+                    if found.status == 429:
+                        refused += 1
+                        # What another worker holds and does not need comes back meanwhile.
+                        await asyncio.sleep(0.5)
+            finally:
+                connection.close()
+
+        async with asyncio.timeout(_PAUSE_S * 4):
+            await asyncio.gather(*(caller(each, seed) for each in customers for seed in range(8)))
+
+    async def _kill(self) -> None:
+        """One victim of this round's choice, begun again where Hearth does not do that itself."""
+        house, chance, killed = self._house, self._chance, self.figures.killed
+        dice = chance.random()
+        if dice < 0.62:
+            killed["gateway"] += house.kill_gateway(chance)
+        elif dice < 0.82:
+            house.kill_scheduler()
+            killed["scheduler"] += 1
+            await asyncio.sleep(chance.uniform(0, 0.3))
+            if chance.random() < 0.3:
+                # Nobody starts it again until the next scheduler is there.
+                killed["gateway"] += house.kill_gateway(chance)
+            house.begin()
+        elif dice < 0.97:
+            killed["database" if isinstance(self._store, PostgreSQL) else "database held"] += 1
+            await asyncio.to_thread(self._store.hurt, chance.uniform(0, 0.5))
+        else:
+            gateways = house.kill_everything()
+            killed["gateway"] += gateways
+            killed["scheduler"] += 1
+            house.begin()
+
+
+async def run(wanted: Wanted, tell: Callable[[str], None] = lambda _: None) -> Figures:
+    """Does what is wanted; leaves no process and no file.
+
+    Raises:
+        HouseError: a process ended that nobody killed.
+        TimeoutError: rows are not in the ledger within a minute, or a request never ends.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="hearth-crash-"))
+    try:
+        with database(wanted.database, folder) as store:
+            url = store.url if isinstance(store, PostgreSQL) else ""
+            house = House(folder, workers=wanted.workers, database_url=url)
+            doing = Run(wanted, house, store, tell)
+            try:
+                await doing.all()
+            except (Exception, asyncio.CancelledError):
+                tell(house.last_words())
+                raise
+            return doing.figures
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def summary(figures: Figures) -> str:
+    """One line on how it stands."""
+    killed = ", ".join(f"{number} {name}" for name, number in sorted(figures.killed.items()))
+    faults = figures.faults
+    zeros = " ".join(
+        f"{name.replace('_', ' ')} {number}" for name, number in asdict(faults).items() if name != "examples"
+    )
+    told = (
+        f"{figures.rounds} rounds, {figures.seconds:.0f} s; killed {killed}; {figures.tries} tries, "
+        f"{figures.answered} answered, {figures.rows} rows ({figures.unanswered} of cut-off clients, "
+        f"{figures.cut} cut off), refused {dict(figures.refused)}; "
+        f"settled within {figures.settled_s} s; {zeros}"
+    )
+    return "\n  ".join([told, *faults.examples])
