@@ -4,10 +4,12 @@ Standard library only, so that it starts in a few hundredths of a second. Faults
 ``exit`` (status at once), ``ignore_sigterm``, ``child`` (starts one that sleeps), ``hang_file`` and
 ``wrong_file`` (while the file exists, health checks get no answer; warm-ups get an empty one). It sleeps and
 wakes as a real one does; while ``busy_file`` exists it has a request in hand, and while ``slow_file`` does,
-waking takes its time.
+waking takes its time. Each answer says whose it is (``x-replica``), and ``GET /seen`` how many requests came,
+by what stands before the first '-' of their ids; ``work_s`` is what each takes.
 """
 
 import argparse
+import collections
 import http.server
 import json
 import os
@@ -32,6 +34,8 @@ ANSWERS = {
 
 class Handler(http.server.BaseHTTPRequestHandler):
     options: ClassVar[dict] = {}
+    name: ClassVar[str] = ""
+    seen: ClassVar[collections.Counter] = collections.Counter()
     asleep: ClassVar[threading.Event] = threading.Event()
     #: Falling asleep and waking wait for each other.
     turn: ClassVar[threading.Lock] = threading.Lock()
@@ -43,7 +47,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         while self._exists("hang_file"):
             time.sleep(0.05)
-        if self.path == "/is_sleeping":
+        if self.path == "/seen":
+            self._answer(dict(self.seen))
+        elif self.path == "/is_sleeping":
             self._answer({"is_sleeping": self.asleep.is_set()})
         else:
             self._answer({"pid": os.getpid()})
@@ -61,6 +67,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.asleep.is_set():
             self._answer({"error": {"code": "model_asleep"}}, 503)
         else:
+            self.seen[self.headers.get("x-request-id", "").partition("-")[0]] += 1
+            time.sleep(self.options.get("work_s", 0))
             self._answer({} if self._exists("wrong_file") else ANSWERS[self.path])
 
     def _sleep(self):
@@ -75,6 +83,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.dumps(data).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
+        self.send_header("content-type", "application/json")
+        self.send_header("x-replica", self.name)
         self.end_headers()
         self.wfile.write(body)
 
@@ -87,6 +97,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     daemon_threads = True
+    request_queue_size = 128
 
 
 def main():
@@ -94,6 +105,7 @@ def main():
     parser.add_argument("--spec", type=Path, required=True)
     spec = json.loads(parser.parse_args().spec.read_text())
     options = Handler.options = spec["options"]
+    Handler.name = Path(spec["socket"]).stem
     if "exit" in options:
         print("the fake has no weights", file=sys.stderr)
         sys.exit(options["exit"])
