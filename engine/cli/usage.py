@@ -125,21 +125,24 @@ def _show(found: _Found, lines: list[Line], by: By, span: Span, chart: bool) -> 
         console.print("Nothing was answered in this time.", highlight=False)
         return
     table = Table(box=SIMPLE_HEAD, show_footer=True)
-    table.add_column(by, "total", no_wrap=True)
+    table.add_column(by, "total", no_wrap=True, overflow="fold")
     if found.names:
         table.add_column("name", overflow="fold")
     total = found.usage.total
-    table.add_column("requests", f"{sum(line.requests for line in total):,}", justify="right", no_wrap=True)
-    charges = "\n".join(money_in(line.charge, line.unit) for line in total)
-    table.add_column("charged", charges, justify="right", no_wrap=True)
+    requests = f"{sum(line.requests for line in total):,}"
+    charges = [money_in(line.charge, line.unit) for line in total]
+    # Numbers are never cut: a narrow terminal takes from the bars.
+    for name, footer in (("requests", requests), ("charged", "\n".join(charges))):
+        widest = max(len(name), *map(len, footer.splitlines()))
+        table.add_column(name, footer, justify="right", no_wrap=True, min_width=widest)
     if chart:
-        table.add_column("", no_wrap=True)
+        table.add_column("", min_width=10, max_width=_BAR)
     most = max(line.requests for line in lines)
     for line in lines:
         cells: list[Any] = [line.name, *([found.names.get(line.name, "")] if found.names else [])]
         cells += [f"{line.requests:,}", money_in(line.charge, line.unit)]
         if chart:
-            cells.append(Bar(most, 0, line.requests, width=_BAR))
+            cells.append(Bar(most, 0, line.requests))
         table.add_row(*cells)
     console.print(table)
 

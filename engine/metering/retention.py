@@ -33,8 +33,8 @@ from engine.metering.rows import decode
 
 #: Until when a life that is over is settled: for good.
 ENDED = 253_402_300_799_000
-#: Rows of one transaction: other writers of the file wait for it some 0.1 s.
-AT_ONCE = 10_000
+#: Rows of one transaction (some 0.1 s on a SQLite file), and the pause for other writers after it.
+AT_ONCE, _PAUSE_S = 2000, 0.02
 #: A clock that is set back by less than this lets no row slip behind what was settled.
 _MARGIN_MS = 86_400_000
 #: Any number of our own: PostgreSQL's name of the lock under which one at a time rolls up.
@@ -159,6 +159,7 @@ async def roll_up(
                 month, rows, place = await _roll_some(connection, place, limit, at_once)
             if rows:
                 months[month] = months.get(month, 0) + rows
+                await asyncio.sleep(_PAUSE_S)
         if mine:
             async with database.writing() as connection:
                 await _forget_leases(connection, before)
