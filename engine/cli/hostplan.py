@@ -29,8 +29,9 @@ def shown(plans: Sequence[RunnerPlan], room: int) -> Group:
     """
     owned = any(plan.owner for plan in plans)
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
-    for name in ("replica", *(["owner"] if owned else []), "tier"):
-        table.add_column(name, no_wrap=True)
+    for name in ("replica", *(["owner"] if owned else [])):
+        table.add_column(name, overflow="fold")
+    table.add_column("tier", no_wrap=True)
     for name in ("awake", "asleep", "threads"):
         table.add_column(name, justify="right", no_wrap=True)
     for plan in plans:

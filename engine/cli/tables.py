@@ -72,7 +72,10 @@ def models(status: Status) -> Table:
     """One row a model: name, category, state, seconds in it, memory, note."""
     table = Table(box=None, pad_edge=False, header_style="bold", expand=False)
     owned = any(model.owner for model in status.models)
-    for name in ("runner", *(["owner"] if owned else []), "category", "state"):
+    table.add_column("runner", no_wrap=True)
+    if owned:
+        table.add_column("owner", overflow="fold", max_width=24)
+    for name in ("category", "state"):
         table.add_column(name, no_wrap=True)
     table.add_column("seconds", justify="right")
     table.add_column("memory", justify="right", no_wrap=True)

@@ -70,9 +70,9 @@ def gpu_owners(config: Config, numbers: Sequence[int]) -> dict[int, str]:
     for owner, own in config.dedicated.items():
         for number in own.gpus:
             if number not in numbers:
-                there = f"GPUs {', '.join(map(str, numbers))}" if numbers else "no GPU"
+                there = f"GPUs {', '.join(map(str, numbers))}" if numbers else "none for this profile"
                 raise PlanError(
-                    f"[dedicated.{_key(owner)}]: GPU {number} is not there; there is {there}. "
+                    f"[dedicated.{_key(owner)}]: GPU {number} is not there; there are {there}. "
                     "Correct `gpus`, or leave it out: the replicas then stand beside the shared ones."
                 )
             if number in owners:

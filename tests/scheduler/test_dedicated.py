@@ -107,7 +107,7 @@ def test_a_model_may_be_one_tenants_alone(tmp_path: Path) -> None:
         ({"acme": {"models": {"mm": 1}}}, r"acme\]: model 'mm' is not in the catalog.*Did you mean m"),
         ({"acme": {}}, r"\[dedicated.acme\]: the tenant owns nothing. Name its models"),
         ({"acme": {"gpus": [1]}}, r"owns GPUs 1 but no models"),
-        ({"acme": {"models": {"m": 1}, "gpus": [0]}}, r"GPU 0 is not there; there is no GPU"),
+        ({"acme": {"models": {"m": 1}, "gpus": [0]}}, r"GPU 0 is not there; there are none for this profile"),
         ({"Acme Inc": {"models": {"other": 1}, "spill_over": True}}, r'\[dedicated."Acme Inc"\]: spill_over'),
         ({"acme": {"models": {"m": 64}}}, r"each of acme's replicas \(64\).*take it out of \[dedicated\]"),
     ],
@@ -184,7 +184,7 @@ def test_without_gpus_of_its_own_it_stands_among_the_others(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("dedicated", "said"),
     [
-        ({"a": {"models": {"bge-m3": 1}, "gpus": [9]}}, r"GPU 9 is not there; there is GPUs 0, 1, 2, 3"),
+        ({"a": {"models": {"bge-m3": 1}, "gpus": [9]}}, r"GPU 9 is not there; there are GPUs 0, 1, 2, 3"),
         (
             {"a": {"models": {"bge-m3": 1}, "gpus": [1]}, "b": {"models": {"bge-m3": 1}, "gpus": [1]}},
             r"\[dedicated.b\]: GPU 1 is named by 'a' too. A GPU has one owner",
