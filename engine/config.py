@@ -219,6 +219,10 @@ class WeightsConfig(_Section):
 class MeteringConfig(_Section):
     """Keys, plans and the ledger."""
 
+    enabled: bool = Field(
+        default=True,
+        description="False: nothing is recorded or charged, and no plan's limits hold (keys still do).",
+    )
     database_url: str = Field(
         default="",
         # A password may stand in it.

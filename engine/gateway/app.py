@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import os
+from functools import partial
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -22,6 +23,8 @@ from engine.gateway.admin import make_admin
 from engine.gateway.auth import authenticate, check_admin, check_allowed
 from engine.gateway.body import check_json_type, json_head, read_body
 from engine.gateway.content import refuse_pictures
+from engine.gateway.context import PATHS as COUNTED
+from engine.gateway.context import check_context
 from engine.gateway.control import ControlClient
 from engine.gateway.endpoints import ENDPOINTS, Endpoint, check_category
 from engine.gateway.exchange import CLIENT_GONE, SCOPE_KEY, ClientGoneError, Exchange, send_error
@@ -32,19 +35,24 @@ from engine.gateway.forward import Forwarder
 from engine.gateway.guard import WhileClientWaits
 from engine.gateway.images import ImageFetcher
 from engine.gateway.images_body import Endpoint as PicturesOf
+from engine.gateway.meter import ANONYMOUS, Meter
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.multipart import is_multipart, multipart_head
 from engine.gateway.origin import Origins
 from engine.gateway.pages import make_pages, wrong_method
+from engine.gateway.retries import Retries
 from engine.gateway.routing import Directory
 from engine.gateway.upstream import Upstream
 from engine.gateway.usage import UsageReporter
 from engine.gateway.usage_pages import make_usage
 from engine.gateway.waking import Waking
 from engine.gateway.watch import RouteWatch
-from engine.metering.database import Database, DatabaseAwayError, url_of
+from engine.metering.books import Books
+from engine.metering.database import Database, DatabaseAwayError, DatabaseError, url_of
 from engine.metering.housekeeping import Housekeeping
+from engine.metering.idempotency import Idempotency, Recorded
 from engine.metering.keyring import KeyRing
+from engine.metering.limits import Limits
 from engine.metering.lookup import AccessError
 from engine.metering.opening import prepare
 from engine.routes import ModelRoute
@@ -71,14 +79,17 @@ _STOPPING = ApiError(
     headers={"retry-after": "5"},
 )
 
+#: After a request's time is up, how long its Idempotency-Key counts as in use, seconds.
+_CLAIM_GRACE_S = 60.0
+
 
 class Gateway:
     """An ASGI application; one per gateway process."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._database = Database(url_of(config))
-        self._ring = KeyRing(self._database, snapshot=config.keys_snapshot)
+        self.database = Database(url_of(config))
+        self.ring = KeyRing(self.database, snapshot=config.keys_snapshot)
         self._origins = Origins(config.gateway.trusted_proxies)
         self.directory = Directory(self._make_upstream)
         self.metrics = GatewayMetrics()
@@ -93,13 +104,20 @@ class Gateway:
         )
         self._forwarder = Forwarder(self.directory, self.metrics, self._waking, first_bytes, self._gate)
         self._housekeeping = Housekeeping(
-            self._database, config.ledger_dir, keep_months=config.metering.keep_months
+            self.database, config.ledger_dir, keep_months=config.metering.keep_months
         )
+        #: The ledger's side of this process, from `start` on; None while metering is off.
+        self.books: Books | None = None
+        self._limits: Limits | None = None
+        self._meter: Meter | None = None
+        self._retries: Retries | None = None
         self._pages = make_pages(
             self.directory,
             self.metrics,
-            make_admin(self._database, self._ring),
-            make_usage(self._database, who=lambda request: request.scope[SCOPE_KEY].caller),
+            make_admin(self.database, self.ring),
+            make_usage(
+                self.database, who=lambda request: request.scope[SCOPE_KEY].caller, settle=self._settled
+            ),
         )
         self._entry: ASGIApp = self._answer
         if config.gateway.cors_origins:
@@ -118,11 +136,13 @@ class Gateway:
             DatabaseError: the database cannot be used, now or later.
         """
         try:
-            await prepare(self._database, self._config)
+            await prepare(self.database, self._config)
         except (AccessError, DatabaseAwayError) as error:
             # Models are served by whoever has the keys; the ring goes on trying.
             log.error("%s", error)
-        await self._ring.start()
+        await self.ring.start()
+        if self._config.metering.enabled:
+            await self._open_books()
         await self._pictures.start()
         await self._control.start()
         await self._usage.start()
@@ -137,8 +157,26 @@ class Gateway:
         await self._control.close()
         await self._pictures.close()
         await self.directory.close()
-        await self._ring.close()
-        await self._database.close()
+        if self.books is not None:
+            await self.books.close()
+        if self._limits is not None:
+            self._limits.close()
+        await self.ring.close()
+        await self.database.close()
+
+    async def _settled(self) -> None:
+        """Brings this worker's rows into the database, so that a caller finds its last request there."""
+        if self.books is not None:
+            await self.books.flush()
+
+    async def _open_books(self) -> None:
+        """Begins to record requests and to hold callers to their plans."""
+        self.books = await Books.open(self._config, self.database)
+        self._limits = Limits(self._config.runtime_dir / "limits")
+        self._meter = Meter(self.books, self._limits, now_ms=self.ring.now_ms)
+        stale_s = self._config.gateway.request_timeout_s + _CLAIM_GRACE_S
+        store = Idempotency(self.database, self.books.worker, folder=self.books.folder, stale_s=stale_s)
+        self._retries = Retries(store)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -156,7 +194,11 @@ class Gateway:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
-        await self.start()
+        try:
+            await self.start()
+        except DatabaseError as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self.close()
@@ -210,8 +252,10 @@ class Gateway:
         admin = path.startswith("/admin/")
         if admin or (self._config.auth and path.startswith("/v1/")):
             given = exchange.headers.get(b"authorization")
-            caller = authenticate(self._ring, given, origin.address)
+            caller = authenticate(self.ring, given, origin.address)
             exchange.caller, exchange.key_id = caller, caller.key.id
+            if self._meter is not None:
+                exchange.standing = partial(self._meter.headers, caller)
             if admin:
                 check_admin(caller)
         if endpoint is None:
@@ -242,6 +286,9 @@ class Gateway:
             pictures = _pictures_of(endpoint, served.route)
         try:
             async with WhileClientWaits(receive, exchange):
+                await self._check_context(exchange, served.route, endpoint, body)
+                if self._meter is not None and not await self._admitted(exchange, send, served.route, body):
+                    return
                 if pictures is not None:
                     # Before they are fetched: a request that has to wait for its model does so without them.
                     await self._waking.until_ready(exchange, served.route.id)
@@ -256,8 +303,62 @@ class Gateway:
             if exchange.ticket is not None:
                 await exchange.ticket.release()
 
+    async def _check_context(
+        self, exchange: Exchange, route: ModelRoute, endpoint: Endpoint, body: bytes
+    ) -> None:
+        """Holds a request to its plan's largest context.
+
+        Raises:
+            ApiError: 400 `context_length_exceeded`.
+        """
+        plan = exchange.caller.plan if exchange.caller is not None and self._meter is not None else None
+        if plan is None or plan.spec.max_context is None or endpoint.path not in COUNTED:
+            return
+        served = await self._waking.until_ready(exchange, route.id)
+        tenant = exchange.caller.tenant if exchange.caller is not None else None
+        replicas = served.replicas(served.pool(tenant))
+        if replicas:
+            await check_context(body, plan.spec.max_context, route.id, replicas[0])
+
+    async def _admitted(self, exchange: Exchange, send: Send, route: ModelRoute, body: bytes) -> bool:
+        """Draws the request's ticket; False: it has been answered from the record of an earlier try.
+
+        Raises:
+            ApiError: the caller's plan does not allow it now, or nobody can say.
+        """
+        assert self._meter is not None
+        assert self._retries is not None
+        caller = exchange.caller or ANONYMOUS
+        path: str = exchange.scope["path"]
+        attempt = await self._retries.claim(exchange, caller.key.id, path, body, exchange.own_id)
+        if isinstance(attempt, Recorded):
+            await _replay(send, attempt)
+            return False
+        try:
+            exchange.ticket = await self._meter.admit(
+                exchange,
+                caller,
+                route,
+                request_id=exchange.own_id if attempt is None else attempt.request_id,
+                attempt=attempt,
+                charged=attempt is None or not attempt.charged_before,
+            )
+        except BaseException:
+            if attempt is not None:
+                await attempt.drop()
+            raise
+        exchange.standing = exchange.ticket.headers
+        return True
+
     def _make_upstream(self, id: str, address: str) -> Upstream:
         return Upstream(id, address, connect_timeout_s=self._config.gateway.connect_timeout_s)
+
+
+async def _replay(send: Send, kept: Recorded) -> None:
+    """The answer of an earlier try; nothing is charged for it again."""
+    headers = [*kept.headers, (b"content-length", b"%d" % len(kept.body)), (b"x-hearth-replayed", b"true")]
+    await send({"type": "http.response.start", "status": kept.status, "headers": headers})
+    await send({"type": "http.response.body", "body": kept.body})
 
 
 def _rewritten(body: bytes, endpoint: Endpoint, route: ModelRoute) -> bytes:

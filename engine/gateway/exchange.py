@@ -50,6 +50,7 @@ class Exchange:
         "is_events",
         "key_id",
         "model",
+        "own_id",
         "request_id",
         "scope",
         "standing",
@@ -70,8 +71,10 @@ class Exchange:
             self.request_id = given.decode("ascii")
             # Two requests may bear one client's id; a runner must still be able to tell them apart.
             self.upstream_id = f"{self.request_id}-{secrets.token_hex(4)}"
+            self.own_id = _new_id()
         else:
-            self.request_id = self.upstream_id = "req_" + secrets.token_hex(12)
+            self.request_id = self.upstream_id = self.own_id = _new_id()
+        #: `own_id` is the ledger's name of it: this server's own, whatever a client calls its requests.
         self.endpoint = "other"
         self.model = ""
         #: What of its body tells its cost; None until it is read.
@@ -124,6 +127,10 @@ class Exchange:
             if not message.get("more_body", False):
                 self.complete = True
         await self._send(message)
+
+
+def _new_id() -> str:
+    return "req_" + secrets.token_hex(12)
 
 
 async def send_error(send: Send, error: ApiError) -> None:

@@ -50,6 +50,7 @@ class DummyRunner:
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     cancelled: int = 0
     asleep: int = 0
+    counted: int = 0
     connections: int = 0
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -60,6 +61,7 @@ class DummyRunner:
         for path in FORWARDED:
             app.router.add_post(path, self._answer)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_post("/tokenize", self._tokenize)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.01, handler_cancellation=True)
         await self._runner.setup()
         await web.UnixSite(self._runner, str(self.path)).start()
@@ -83,6 +85,13 @@ class DummyRunner:
             'hearth_runner_in_flight 3.0\n# TYPE work_done_total counter\nwork_done_total{kind="a"} 2.0\n'
         )
         return web.Response(text=text)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        """A token for each word, as the runner of a model counts them."""
+        asked = await request.json()
+        self.counted += 1
+        texts = [asked["prompt"]] if "prompt" in asked else [each["content"] for each in asked["messages"]]
+        return web.json_response({"count": sum(len(text.split()) for text in texts), "max_model_len": 1})
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()

@@ -16,7 +16,10 @@ from engine.config import Config
 from engine.gateway.app import Gateway
 from engine.metering import keys, tenants
 from engine.metering.database import DatabaseError
+from engine.metering.ledger import write_rows
 from engine.metering.opening import opened
+from engine.metering.pricing import period_name
+from engine.metering.rows import LedgerRow
 from tests.gateway.dummy import KEY, DummyRunner, House, open_house, route
 
 ADMIN = "hearth-admin-key-0123456789abcdef"
@@ -48,7 +51,7 @@ class Admin:
 async def admin(house: House, tmp_path: Path) -> AsyncIterator[Admin]:
     async with opened(house.config) as database:
         await keys.create(database, key=ADMIN, admin=True, name="admin")
-    await house.gateway._ring.refresh()
+    await house.gateway.ring.refresh()
     yield Admin(house)
 
 
@@ -63,7 +66,8 @@ async def test_a_key_made_here_works_at_once_and_revoked_no_more(admin: Admin) -
     assert status == 201 and made["key"].startswith("hearth-") and "sha256" not in made
     assert (await admin.ask(made["key"]))[0] == 200
     status, shown = await admin("GET", f"/keys/{made['id']}")
-    assert status == 200 and shown == {name: value for name, value in made.items() if name != "key"}
+    told = {name: value for name, value in made.items() if name != "key"}
+    assert status == 200 and shown == {**told, "plan": None, "standing": None}
     status, listed = await admin("GET", "/keys")
     assert [key["name"] for key in listed["data"]] == ["default", "admin", "app"]
     assert made["key"] not in json.dumps(listed)
@@ -107,9 +111,43 @@ async def test_a_tenant_is_made_planned_closed_and_opened(admin: Admin) -> None:
     assert status == 401 and "closed" in answer["error"]["message"]
     assert code_of((await admin("POST", "/keys", {"tenant": "acme"}))[1]) == "conflict"
     await admin("PATCH", "/tenants/acme", {"closed": False, "plan": None})
-    assert (await admin("GET", "/tenants/acme"))[1] == {**acme, "closed_at": None, "plan_id": None}
+    changed = {**acme, "closed_at": None, "plan_id": None}
+    assert (await admin("GET", "/tenants/acme"))[1] == {**changed, "plan": None, "standing": None}
     assert (await admin.ask(key["key"]))[0] == 200
     assert [each["name"] for each in (await admin("GET", "/tenants"))[1]["data"]] == ["default", "acme"]
+
+
+async def test_a_key_and_a_tenant_tell_of_their_plan_and_what_is_left(admin: Admin) -> None:
+    spec = {"price": 5, "included": 2, "budget": {"limit": 100}, "requests_per_minute": 9, "counts": "tenant"}
+    _, plan = await admin("POST", "/plans", {"name": "gold", "spec": spec})
+    await admin("POST", "/tenants", {"name": "acme", "plan": "gold"})
+    _, key = await admin("POST", "/keys", {"tenant": "acme"})
+    now = int(time.time() * 1000)
+    row = LedgerRow(
+        request_id="r1",
+        key_id=key["id"],
+        tenant_id=key["tenant_id"],
+        model="dummy",
+        category="chat",
+        charge=5,
+        unit="credits",
+        at=now,
+        period=period_name("month", now),
+        worker="w",
+    )
+    async with opened(admin.house.config) as database:
+        await write_rows(database, [row])
+    for path in (f"/keys/{key['id']}", "/tenants/acme"):
+        status, shown = await admin("GET", path)
+        assert status == 200 and shown["plan"] == plan
+        standing = shown["standing"]
+        assert (standing["requests"], standing["charge"]) == (1, 5)
+        assert standing["included"] == {"limit": 2, "used": 0, "left": 2}
+        assert (standing["budget"]["used"], standing["budget"]["left"]) == (5, 95)
+    # Where each key counts by itself, a tenant has no standing.
+    await admin("PUT", "/plans/gold", {**spec, "counts": "key"})
+    assert (await admin("GET", "/tenants/acme"))[1]["standing"] is None
+    assert (await admin("GET", f"/keys/{key['id']}"))[1]["standing"]["charge"] == 5
 
 
 async def test_a_plan_is_made_changed_and_removed(admin: Admin) -> None:
@@ -227,7 +265,7 @@ async def test_a_malformed_key_is_refused_and_not_repeated(admin: Admin, header:
 async def test_a_database_that_takes_nothing_is_told_and_what_is_known_goes_on(
     admin: Admin, setting: str, told: str
 ) -> None:
-    engine = admin.house.gateway._database.engine
+    engine = admin.house.gateway.database.engine
     await engine.dispose()
 
     def connect(connection: Any, _record: object) -> None:
@@ -255,7 +293,7 @@ async def test_a_gateway_does_not_start_on_a_newer_schema(short: Path, tmp_path:
         DatabaseError, match=r"schema 9999, newer than this Hearth knows.*nothing was changed"
     ):
         await gateway.start()
-    await gateway._database.close()
+    await gateway.database.close()
 
 
 async def test_only_administrators_keys_are_let_in(admin: Admin) -> None:
@@ -303,7 +341,7 @@ async def test_a_key_is_held_to_its_models_categories_and_addresses(
 
 
 async def test_an_expired_key_is_told_when(admin: Admin, monkeypatch: pytest.MonkeyPatch) -> None:
-    ring = admin.house.gateway._ring
+    ring = admin.house.gateway.ring
     _, made = await admin("POST", "/keys", {"expires_at": ring.now_ms() + 3_600_000})
     assert (await admin.ask(made["key"]))[0] == 200
     monkeypatch.setattr(ring, "_clock", lambda: time.time() + 3_600)
@@ -318,7 +356,7 @@ async def test_requests_wait_for_no_database(admin: Admin, monkeypatch: pytest.M
     def gone(*_: object) -> None:
         raise ConnectionRefusedError("gone")
 
-    engine = admin.house.gateway._database.engine
+    engine = admin.house.gateway.database.engine
     await engine.dispose()
     monkeypatch.setattr(type(engine), "begin", gone)
     assert (await admin.ask(made["key"]))[0] == 200
@@ -331,9 +369,9 @@ async def test_before_the_keys_are_read_nobody_is_called_unknown(
     short: Path, tmp_path: Path, runner: DummyRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with open_house(tmp_path, route("dummy", runner)) as house:
-        await house.gateway._ring.close()  # follows nothing any more
-        monkeypatch.setattr(house.gateway._ring, "_read_at", None)
-        monkeypatch.setattr(house.gateway._ring, "_callers", {})
+        await house.gateway.ring.close()  # follows nothing any more
+        monkeypatch.setattr(house.gateway.ring, "_read_at", None)
+        monkeypatch.setattr(house.gateway.ring, "_callers", {})
         status, answer, headers = await house.post(CHAT, {"model": "dummy", "messages": []})
         assert (status, code_of(answer)) == (503, "keys_unavailable") and headers["retry-after"]
 
@@ -341,7 +379,7 @@ async def test_before_the_keys_are_read_nobody_is_called_unknown(
 async def test_closing_a_tenant_ends_its_administrators_too(admin: Admin) -> None:
     async with opened(admin.house.config) as database:
         await tenants.close(database, "default")
-    await admin.house.gateway._ring.refresh()
+    await admin.house.gateway.ring.refresh()
     assert (await admin("GET", "/keys"))[0] == 401
 
 

@@ -107,7 +107,7 @@ async def test_a_keys_addresses_are_held_against_the_caller_behind_the_proxy(
         async with opened(house.config) as database:
             key, _ = await keys.create(database, allowed=Allowed(addresses=("203.0.113.0/24",)))
             own, _ = await keys.create(database, name="own", allowed=Allowed(addresses=("127.0.0.1",)))
-        await house.gateway._ring.refresh()
+        await house.gateway.ring.refresh()
 
         async def ask(key: str, forwarded: str | None) -> tuple[int, str]:
             headers = {"authorization": f"Bearer {key}"}
@@ -137,7 +137,7 @@ async def test_without_a_trusted_proxy_nobody_borrows_an_address(
     async with open_house(tmp_path, route("dummy", runner)) as house:
         async with opened(house.config) as database:
             key, _ = await keys.create(database, allowed=Allowed(addresses=("203.0.113.0/24",)))
-        await house.gateway._ring.refresh()
+        await house.gateway.ring.refresh()
         headers = {"authorization": f"Bearer {key}", "x-forwarded-for": "203.0.113.9"}
         status, answer, _ = await house.post(CHAT, {"model": "dummy", "messages": []}, headers=headers)
         assert status == 403 and "127.0.0.1" in answer["error"]["message"]

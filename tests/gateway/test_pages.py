@@ -66,7 +66,7 @@ async def test_a_key_sees_the_models_that_it_may_use(house: House, runner: Dummy
         some, _ = await keys.create(database, allowed=Allowed(models=("smol",)))
         hear, _ = await keys.create(database, allowed=Allowed(categories=("audio", "vision")))
         both, _ = await keys.create(database, allowed=Allowed(models=("smol", "ears"), categories=("chat",)))
-    await house.gateway._ring.refresh()
+    await house.gateway.ring.refresh()
 
     async def listed(key: str) -> list[str]:
         _, text, _ = await house.get("/v1/models", authorization=f"Bearer {key}")

@@ -75,7 +75,7 @@ async def books(house: House, tmp_path: Path) -> AsyncIterator[Books]:
                 row(4, own, old, unit="credits", charge=100),
             ],
         )
-        await house.gateway._ring.refresh()
+        await house.gateway.ring.refresh()
         yield made
 
 

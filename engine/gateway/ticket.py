@@ -1,0 +1,167 @@
+"""One admitted request: what it holds of limits and budgets, and how it ends: settled once, or given up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.errors import ApiError
+from engine.gateway.tokens import NONE, Tokens
+from engine.metering.books import Books
+from engine.metering.journal import JournalError
+from engine.metering.rows import LedgerRow
+from engine.metering.wallet import Account
+
+log = logging.getLogger("hearth.gateway")
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Attempt(Protocol):
+    """One try of a request that bears an Idempotency-Key."""
+
+    async def complete(self, status: int, headers: Headers, body: bytes | None) -> None:
+        """It was answered; `body` is None where the answer is not kept."""
+
+    async def drop(self) -> None:
+        """It was not answered: a retry is a new request."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What is written of a request if it is answered."""
+
+    request_id: str
+    key_id: str
+    tenant_id: str
+    plan_id: str | None
+    model: str
+    category: str
+    charge: int
+    unit: str
+    included: bool
+    at: int
+    period: str
+
+
+@dataclass
+class Ticket:
+    """What `Meter.admit` gives; `settle` or `release` ends it, whichever comes first."""
+
+    books: Books
+    terms: Terms
+    #: What is held of each account until the request ends.
+    taken: Sequence[tuple[Account, int]]
+    #: The lines about limits and charge in the answer's head, by whether it is a success.
+    describe: Callable[[bool], Headers]
+    on_end: Callable[[], None]
+    #: False: an earlier try of the same request was charged already; this one is not recorded again.
+    charged: bool = True
+    attempt: Attempt | None = None
+    tokens: Tokens = NONE
+    bytes_in: int = 0
+    began: float = 0.0
+    ended: bool = False
+
+    def headers(self, status: int) -> Headers:
+        """The lines of an answer of this status."""
+        return self.describe(status < 400)
+
+    async def settle(
+        self,
+        how: str = "answered",
+        *,
+        status: int = 200,
+        headers: Headers | None = None,
+        body: bytes | None = None,
+    ) -> None:
+        """Makes the request's row durable: to be awaited before the last byte is sent. Harmless again.
+
+        Args:
+            how: "answered", or "left" where the client went away after the first byte.
+            status: the answer's.
+            headers: the answer's, kept for a retry with the same Idempotency-Key.
+            body: the whole answer where it may be kept; None for a stream.
+
+        Raises:
+            ApiError: 503 `ledger_unavailable`: it could not be recorded, and must not be answered.
+        """
+        if self.ended:
+            return
+        self.ended = True
+        written = False
+        try:
+            if self.charged:
+                await self.books.writer.record(self._row(how), reserved=True)
+            else:
+                self.books.writer.release()
+            written = True
+        except (JournalError, ValueError) as error:
+            log.error("%s could not be recorded: %s", self.terms.request_id, error)
+            await self._drop()
+            raise unavailable() from error
+        except asyncio.CancelledError:
+            # The client went while the row was on its way to the disk: it is written all the same.
+            written = True
+            raise
+        finally:
+            wallet = self.books.wallet
+            for account, cost in self.taken:
+                (wallet.spend if written else wallet.put_back)(account, cost)
+            self.on_end()
+        if self.attempt is not None:
+            await self.attempt.complete(status, headers or [], body)
+
+    async def release(self) -> None:
+        """The request was not answered: nothing is charged. Harmless after `settle`."""
+        if self.ended:
+            return
+        self.ended = True
+        self.books.writer.release()
+        for account, cost in self.taken:
+            self.books.wallet.put_back(account, cost)
+        self.on_end()
+        await self._drop()
+
+    async def _drop(self) -> None:
+        if self.attempt is not None:
+            await self.attempt.drop()
+
+    def _row(self, how: str) -> LedgerRow:
+        terms = self.terms
+        return LedgerRow(
+            request_id=terms.request_id,
+            key_id=terms.key_id,
+            tenant_id=terms.tenant_id,
+            plan_id=terms.plan_id,
+            model=terms.model,
+            category=terms.category,
+            charge=terms.charge,
+            included=terms.included,
+            unit=terms.unit,
+            at=terms.at,
+            period=terms.period,
+            worker=self.books.worker,
+            status=how,
+            prompt_tokens=self.tokens.prompt,
+            completion_tokens=self.tokens.completion,
+            work={
+                "bytes_in": self.bytes_in,
+                "ms": round((time.perf_counter() - self.began) * 1000),
+            },
+        )
+
+
+def unavailable() -> ApiError:
+    """The 503 where requests cannot be recorded."""
+    return ApiError(
+        503,
+        "The server cannot record requests at this moment, so it answers none: nothing was charged. "
+        "Try again in a few seconds; the operator finds the reason in the gateway's log.",
+        code="ledger_unavailable",
+        headers={"retry-after": "5", "retry-after-ms": "5000"},
+    )
