@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,9 @@ class Figures:
         self.refused += counted.codes
 
     def document(self) -> dict[str, Any]:
-        return {**asdict(self), "good": self.good}
+        # asdict() would take a Counter for a list of pairs.
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {**told, "faults": asdict(self.faults), "good": self.good}
 
 
 class Run:

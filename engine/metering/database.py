@@ -24,6 +24,8 @@ from engine.config import Config
 _LOCK_S, _CONNECT_S, _STATEMENT_S = 10.0, 5.0, 30.0
 #: Most connections of one process.
 _CONNECTIONS = 4
+#: A server that starts, ends, or begins anew after one of its processes was killed.
+_ANEW = ("starting up", "not yet accepting", "recovery mode", "shutting down", "another server process")
 _POSTGRESQL = ("postgresql", "postgres", "postgresql+asyncpg")
 _WRITES = "hearth_writes"
 
@@ -172,7 +174,7 @@ def _known(reason: str) -> tuple[type[DatabaseError], str] | None:
             "Create it (createdb, createuser) or check the name in `metering.database_url`.",
         ),
         (
-            ("starting up", "shutting down", "too many clients", "connection was closed", "is closed"),
+            (*_ANEW, "too many clients", "connection was closed", "is closed"),
             away,
             "Try again in a moment.",
         ),

@@ -253,3 +253,16 @@ def test_where_the_database_is(tmp_path: Path) -> None:
 def test_an_unknown_failure_keeps_its_reason() -> None:
     told = explain(ValueError("something new"), "hearth.db")
     assert "hearth.db failed: something new" in str(told) and not isinstance(told, DatabaseAwayError)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "the database system is starting up",
+        "the database system is not yet accepting connections",
+        "the database system is in recovery mode",
+        "terminating connection because of crash of another server process",
+    ],
+)
+def test_a_server_that_begins_anew_is_away_for_now(reason: str) -> None:
+    assert isinstance(explain(ValueError(reason), "hearth"), DatabaseAwayError)
