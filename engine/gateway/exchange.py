@@ -130,7 +130,8 @@ class Exchange:
 
 
 def _new_id() -> str:
-    return "req_" + secrets.token_hex(12)
+    # The time first: the ledger's index then grows at its end, which costs a database a third of random ids.
+    return f"req_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}"
 
 
 async def send_error(send: Send, error: ApiError) -> None:
