@@ -70,6 +70,7 @@ class LedgerWriter:
         self._folding = asyncio.Lock()
         self._reserved = 0
         self._away_until = self._refuses_until = float("-inf")
+        self._failing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.counters = Counters(worker, since=time.time_ns() // 1_000_000)
 
@@ -223,15 +224,16 @@ class LedgerWriter:
             batches += 1
         try:
             await write_encoded(self._database, records)
-        except FAILURES as error:
-            if not self.away:
-                log.warning("The ledger's database is away, %d rows wait: %s", self.backlog, error)
-            self._away_until = self._clock() + self._retry_s
+        except (*FAILURES, msgspec.DecodeError) as error:
+            if not self._failing:
+                log.warning(
+                    "%d answered requests wait in the journal for the database: %s", self.backlog, error
+                )
+            self._failing, self._away_until = True, self._clock() + self._retry_s
             return False
-        except msgspec.DecodeError as error:
-            log.error("The journal %s cannot be folded in: %s", self._journal.file, error)
-            self._away_until = self._clock() + self._retry_s
-            return False
+        if self._failing:
+            log.info("The ledger's database is back; %d rows are folded in.", self.backlog)
+        self._failing, self._away_until = False, float("-inf")
         end = [self._backlog.popleft() for _ in range(batches)][-1][1]
         self._folded += len(records)
         self.counters.folded += len(records)
