@@ -17,9 +17,9 @@ from sqlalchemy import case, func, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.metering import schema
+from engine.metering.counters import Counters, read_counters
 from engine.metering.database import Database
 from engine.metering.journal import SUFFIX, read_only
-from engine.metering.ledger import Counters
 from engine.metering.moments import period_span
 from engine.metering.rows import LedgerRow, decode
 
@@ -67,6 +67,8 @@ class Facts:
     ledger: Mapping[str, Sums]
     journals: Sequence[JournalSeen] = ()
     counters: Sequence[Counters] = ()
+    #: The same, read once more after all else: on a serving machine they have gone on meanwhile.
+    later: Sequence[Counters] = ()
     budgets: Sequence[BudgetSeen] = ()
     #: Sums in place of old rows, and when the newest month of them ends (unix milliseconds, or 0).
     rolled: Sums = Sums()
@@ -130,9 +132,11 @@ def explain(facts: Facts) -> Report:
     """Compares the facts and explains each difference."""
     findings = [finding for journal in facts.journals for finding in _of_journal(journal)]
     waiting = {journal.worker: journal.only_here for journal in facts.journals}
+    later = {counters.worker: counters for counters in facts.later}
     for counters in facts.counters:
         durable = facts.ledger.get(counters.worker, Sums()) + waiting.get(counters.worker, Sums())
-        findings += _of_counters(counters, durable, facts.rolled_until)
+        after = later.get(counters.worker, counters)
+        findings += _of_counters(counters, after, durable, facts.rolled_until)
     findings += [finding for budget in facts.budgets for finding in _of_budget(budget)]
     return Report(
         ledger=sum(facts.ledger.values(), Sums()),
@@ -150,14 +154,14 @@ def _of_journal(journal: JournalSeen) -> Iterable[Finding]:
         yield Finding(
             name,
             f"{journal.only_here.rows} answered requests (charge {journal.only_here.charge}) are on this "
-            "disk and not in the ledger yet: they were answered while the database was away and are folded "
-            "in when it is back, or when the next worker starts.",
+            "disk and not in the ledger yet: they are folded in at once, or when the database is back, or "
+            "when the next worker starts.",
         )
     if journal.in_ledger.rows:
         yield Finding(
             name,
-            f"{journal.in_ledger.rows} rows are in the ledger as well: the worker ended between folding them "
-            "in and emptying its journal. They count once, by their request id.",
+            f"{journal.in_ledger.rows} rows are in the ledger as well: they are being folded in, or the "
+            "worker ended between that and emptying its journal. They count once, by their request id.",
         )
     if journal.damaged:
         yield Finding(
@@ -174,10 +178,12 @@ def _of_journal(journal: JournalSeen) -> Iterable[Finding]:
         )
 
 
-def _of_counters(counters: Counters, durable: Sums, rolled_until: int) -> Iterable[Finding]:
-    name = f"worker {counters.worker}"
-    missing = counters.recorded - durable.rows
-    if missing > 0 and counters.since < rolled_until:
+def _of_counters(before: Counters, after: Counters, durable: Sums, rolled_until: int) -> Iterable[Finding]:
+    """Counters from `before` and `after` the rows were read: the rows lie between the two."""
+    name = f"worker {before.worker}"
+    missing = before.recorded - durable.rows
+    extra = durable.rows - after.recorded
+    if missing > 0 and before.since < rolled_until:
         yield Finding(
             name,
             f"counted {missing} more answered requests than have rows; old months were rolled up, and their "
@@ -186,27 +192,28 @@ def _of_counters(counters: Counters, durable: Sums, rolled_until: int) -> Iterab
     elif missing > 0:
         yield Finding(
             name,
-            f"counted {counters.recorded} answered requests, of which {missing} are neither in the ledger "
+            f"counted {before.recorded} answered requests, of which {missing} are neither in the ledger "
             "nor in its journal: a request id was used twice, or rows or a journal file were removed.",
             wrong=True,
         )
-    elif missing < 0 and -missing <= counters.waiting:
+    elif 0 < extra <= after.waiting:
         yield Finding(
             name,
-            f"{-missing} rows are durable whose requests are about to be answered ({counters.waiting} wait).",
+            f"{extra} rows are durable beyond the {after.recorded} requests that it counted as answered: "
+            "they were just being answered when it was looked at or ended (the last counts of a machine that "
+            "lost its power are not kept).",
         )
-    elif missing < 0:
+    elif extra > 0:
         yield Finding(
             name,
-            f"{-missing} rows are in the ledger that the worker did not count, more than its "
-            f"{counters.waiting} waiting ones: its counters were read before the ledger, or another process "
-            "writes in its name. Run this again on a quiet machine.",
+            f"{extra} rows are in the ledger that the worker did not count, more than the {after.waiting} it "
+            "had in hand: another process writes in its name, or its file of counters is an old one.",
             wrong=True,
         )
-    elif counters.charge != durable.charge:
+    elif before == after and before.recorded == durable.rows and before.charge != durable.charge:
         yield Finding(
             name,
-            f"charged {counters.charge} by its own count and {durable.charge} by its rows: a row was changed "
+            f"charged {before.charge} by its own count and {durable.charge} by its rows: a row was changed "
             "after it was written, or a request id was used twice with different charges.",
             wrong=True,
         )
@@ -234,13 +241,17 @@ def _of_budget(budget: BudgetSeen) -> Iterable[Finding]:
         )
 
 
-async def gather(database: Database, folder: Path, counters: Sequence[Counters] = ()) -> Facts:
-    """Reads what is compared: the journals first, so that a row on its way is seen at least once.
+async def gather(database: Database, folder: Path) -> Facts:
+    """Reads what is compared, also while gateways serve.
+
+    First the counters, then the journals, then the database, so that a row on its way is seen at least once,
+    then the counters again.
 
     Raises:
         DatabaseError: the database failed.
         OSError: a journal cannot be read.
     """
+    before = await asyncio.to_thread(read_counters, folder)
     read = await asyncio.to_thread(_read_journals, folder)
     table = schema.ledger
     async with database.reading() as connection:
@@ -260,7 +271,8 @@ async def gather(database: Database, folder: Path, counters: Sequence[Counters] 
         requests, charge, month = found.one()
     rolled = Sums(int(requests or 0), int(charge or 0))
     until = 0 if month is None else period_span(month).until
-    return Facts(ledger, journals, counters, budgets, rolled, until)
+    after = await asyncio.to_thread(read_counters, folder)
+    return Facts(ledger, journals, before, after, budgets, rolled, until)
 
 
 def _read_journals(folder: Path) -> dict[str, tuple[list[bytes], int]]:
