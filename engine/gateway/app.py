@@ -177,6 +177,7 @@ class Gateway:
         stale_s = self._config.gateway.request_timeout_s + _CLAIM_GRACE_S
         store = Idempotency(self.database, self.books.worker, folder=self.books.folder, stale_s=stale_s)
         self._retries = Retries(store)
+        self._housekeeping.also(store.purge)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from engine.metering.database import Database, DatabaseError
@@ -31,16 +31,20 @@ class Housekeeping:
         folder: Path,
         *,
         keep_months: int,
-        purges: Sequence[Callable[[], Awaitable[object]]] = (),
         every_s: float = EVERY_S,
         first_s: float = FIRST_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`folder` holds this machine's journals; `purges` remove what is past its time elsewhere."""
+        """`folder` holds this machine's journals."""
         self._database, self._folder = database, folder
-        self._keep_months, self._purges = keep_months, purges
+        self._keep_months = keep_months
+        self._purges: list[Callable[[], Awaitable[object]]] = []
         self._every_s, self._first_s, self._clock = every_s, first_s, clock
         self._task: asyncio.Task[None] | None = None
+
+    def also(self, purge: Callable[[], Awaitable[object]]) -> None:
+        """Another thing to do each round, for instance `Idempotency.purge`; it may raise DatabaseError."""
+        self._purges.append(purge)
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._go_on())

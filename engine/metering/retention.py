@@ -6,6 +6,10 @@ to be *settled* past it: that no journal holds a row of that life from before th
 so of the journals of this machine, and `end` of a life that is over. A machine that was switched off before
 its journal was emptied, and comes back a year later, therefore finds its rows as rows.
 
+What this leaves open: a request that a machine recorded just before it was lost, that was then sent again with
+the same Idempotency-Key and answered by another machine, counts once (both rows bear one id) unless the first
+machine comes back after that row's month was rolled up.
+
 Several gateways may do all this at the same time: each transaction sums and deletes the same rows.
 """
 
@@ -35,7 +39,8 @@ from engine.metering.rows import decode
 ENDED = 253_402_300_799_000
 #: Rows of one transaction (some 0.1 s on a SQLite file), and the pause for other writers after it.
 AT_ONCE, _PAUSE_S = 2000, 0.02
-#: A clock that is set back by less than this lets no row slip behind what was settled.
+#: A row is as old as its request, which may have taken this long to be answered; nor does a clock that is set
+#: back by less let a row slip behind what was settled.
 _MARGIN_MS = 86_400_000
 #: Any number of our own: PostgreSQL's name of the lock under which one at a time rolls up.
 _ADVISORY_LOCK = 0x48_52_6F_6C

@@ -45,9 +45,8 @@ async def test_a_failure_is_tried_again_and_the_rest_is_done(
         if tries == 1:
             raise DatabaseAwayError("it is away")
 
-    keeper = Housekeeping(
-        filled, tmp_path, keep_months=1, purges=[purge], every_s=0.01, first_s=0, clock=lambda: NOW / 1000
-    )
+    keeper = Housekeeping(filled, tmp_path, keep_months=1, every_s=0.01, first_s=0, clock=lambda: NOW / 1000)
+    keeper.also(purge)
     keeper.start()
     async with asyncio.timeout(20):
         await done.wait()
