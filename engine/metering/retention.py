@@ -6,9 +6,9 @@ to be *settled* past it: that no journal holds a row of that life from before th
 so of the journals of this machine, and `end` of a life that is over. A machine that was switched off before
 its journal was emptied, and comes back a year later, therefore finds its rows as rows.
 
-What this leaves open: a request that a machine recorded just before it was lost, that was then sent again with
-the same Idempotency-Key and answered by another machine, counts once (both rows bear one id) unless the first
-machine comes back after that row's month was rolled up.
+What this leaves open: a request that a machine recorded just before it was lost, and that was sent again with
+the same Idempotency-Key and answered by another machine. Both rows bear one id and count once, unless the
+first machine comes back after that month was rolled up.
 
 Several gateways may do all this at the same time: each transaction sums and deletes the same rows.
 """
