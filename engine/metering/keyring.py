@@ -239,9 +239,9 @@ class KeyRing:
         if self._read_at is None:
             return "no key is known"
         if self._version >= 0:
-            return f"the {len(self)} keys read before stay in use"
+            return f"the keys read before ({len(self)}) stay in use"
         age = _shown_age(self.now_ms() - self._read_at)
-        return f"the {len(self)} keys of {self._file} are in use, as they were {age} ago"
+        return f"the keys of {self._file} ({len(self)}) are in use, as they were {age} ago"
 
     async def _keep(self) -> None:
         """Brings the snapshot up to date."""

@@ -8,11 +8,13 @@ import multiprocessing
 import os
 import stat
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.metering import keys, planstore, schema, tenants
 from engine.metering.database import Database, DatabaseAwayError, sqlite_url
@@ -48,24 +50,22 @@ class Gone(Database):
 
     away = True
 
-    def reading(self):  # type: ignore[no-untyped-def]
-        if self.away:
-            raise_away(self)
+    def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        self._check()
         return super().reading()
 
-    def writing(self):  # type: ignore[no-untyped-def]
-        if self.away:
-            raise_away(self)
+    def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        self._check()
         return super().writing()
 
+    def _check(self) -> None:
+        if self.away:
+            raise DatabaseAwayError(f"The database {self.name} cannot be reached.")
 
-def raise_away(database: Database) -> None:
-    raise DatabaseAwayError(f"The database {database.name} cannot be reached.")
 
-
-async def until(true: object, within_s: float = 5.0) -> None:
+async def until(true: Callable[[], bool], within_s: float = 5.0) -> None:
     began = time.monotonic()
-    while not true():  # type: ignore[operator]
+    while not true():
         assert time.monotonic() - began < within_s, "the condition did not come true"
         await asyncio.sleep(0.01)
 
