@@ -123,8 +123,11 @@ def make_folder(url: URL) -> None:
     file = Path(url.database)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # SQLite gives its -wal and -shm files the same mode.
-        os.close(os.open(file, os.O_CREAT | os.O_RDONLY, 0o600))
+        # SQLite gives its -wal and -shm files the same mode. A file that is there is not opened: to close it
+        # would drop the locks of this process's connections, and another process would delete the -wal file
+        # that they still write to (sqlite.org/howtocorrupt.html, 2.2).
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError as error:
         raise DatabaseError(
             f"The database {file} cannot be opened: {error.strerror}. Make {file.parent} writable for this "

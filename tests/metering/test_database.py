@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,27 @@ async def test_sqlite_is_durable(tmp_path: Path) -> None:
         assert (await connection.execute(text("PRAGMA journal_mode"))).scalar() == "wal"
         assert (await connection.execute(text("PRAGMA synchronous"))).scalar() == 2
         assert (await connection.execute(text("PRAGMA foreign_keys"))).scalar() == 1
+
+
+async def test_to_migrate_again_keeps_the_locks_of_what_is_open(tmp_path: Path) -> None:
+    file = tmp_path / "hearth.db"
+    database = Database(sqlite_url(file))
+    try:
+        await migrate(database)
+        async with database.reading() as connection:
+            await connection.execute(text("SELECT count(*) FROM tenants"))
+        await migrate(database)
+        # Another process, the last one as far as locks tell, would take the -wal file away with it.
+        command = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute(sys.argv[2]); c.commit()"
+        insert = "INSERT INTO tenants (id, name, created_at, version) VALUES ('t', 't', 1, 1)"
+        other = await asyncio.create_subprocess_exec(sys.executable, "-c", command, str(file), insert)
+        assert await other.wait() == 0
+        assert file.with_name("hearth.db-wal").exists()
+        async with database.reading() as connection:
+            found = await connection.execute(text("SELECT count(*) FROM tenants WHERE id = 't'"))
+            assert found.scalar_one() == 1
+    finally:
+        await database.close()
 
 
 async def test_a_damaged_file_is_told_and_kept(tmp_path: Path) -> None:
