@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.metering import keys, planstore, schema, tenants
 from engine.metering.database import Database, DatabaseAwayError, sqlite_url
@@ -50,17 +49,12 @@ class Gone(Database):
 
     away = True
 
-    def reading(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        self._check()
-        return super().reading()
-
-    def writing(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        self._check()
-        return super().writing()
-
-    def _check(self) -> None:
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         if self.away:
             raise DatabaseAwayError(f"The database {self.name} cannot be reached.")
+        with super()._explained():
+            yield
 
 
 async def until(true: Callable[[], bool], within_s: float = 5.0) -> None:
