@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import date, timedelta
 
-from sqlalchemy import case, func, select, update
+from sqlalchemy import case, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.metering import leases as pure
@@ -14,6 +14,7 @@ from engine.metering import schema
 from engine.metering.budget_rows import Name, keep_budgets, locked, now_ms
 from engine.metering.database import Database
 from engine.metering.leases import Lease
+from engine.metering.retention import ENDED
 
 #: A subject with one of these endings counts requests, those that were included, or those of a day (its
 #: period); any other counts what requests are charged.
@@ -69,14 +70,19 @@ async def settle_expired(
     """Settles the leases of lives that nobody has heard of since their leases ended `grace_s` ago.
 
     For machines that do not come back, whose journals nobody can read. If one does, its journal is folded in
-    and settled again: the budget then counts those rows too, though it may be over by them.
+    and settled again: the budget then counts those rows too, though it may be over by them. Also settles what
+    a life got after its end: a PostgreSQL server may carry out what a worker sent just before it was killed.
     """
-    table = schema.leases
+    table, lives = schema.leases, schema.lives
+    ended = select(lives.c.worker).where(lives.c.settled_until == ENDED)
     async with database.reading() as connection:
         found = await connection.execute(
             select(table.c.worker)
             .distinct()
-            .where(table.c.settled_at.is_(None), table.c.expires_at < clock() - int(grace_s * 1000))
+            .where(
+                table.c.settled_at.is_(None),
+                or_(table.c.expires_at < clock() - int(grace_s * 1000), table.c.worker.in_(ended)),
+            )
         )
         workers = sorted(worker for (worker,) in found)
     for worker in workers:
