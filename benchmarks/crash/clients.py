@@ -22,9 +22,11 @@ _DONE = b"data: [DONE]"
 class Outcome:
     """How one request ended for its client.
 
-    status 0: there was no answer's head. whole: all of the answer came.
+    sent: there was a connection to send it on. status 0: there was no answer's head. whole: all of the answer
+    came.
     """
 
+    sent: bool = False
     status: int = 0
     request_id: str = ""
     charge: int | None = None
@@ -64,6 +66,7 @@ class Connection:
             async with asyncio.timeout(_TIMEOUT_S):
                 if self._writer is None:
                     self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
+                found.sent = True
                 self._writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
                 await self._read(found)
         except (OSError, asyncio.IncompleteReadError, TimeoutError):
@@ -174,7 +177,7 @@ async def serve_one(connection: Connection, customer: Customer, chance: random.R
         customer.note(found)
         if found.status in (0, 503):
             # The port is there again in a moment.
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.01)
         return found
     operation, text = secrets.token_hex(12), f"{chance.random()}"
     # Some ask once more though they were answered: they are to have the same answer, and pay nothing.

@@ -72,9 +72,9 @@ class Customer:
                 book.digests.add(found.digest)
 
     def _count(self, found: Outcome) -> None:
-        self.tries += 1
+        self.tries += found.sent
         if not found.whole:
-            self.cut += 1
+            self.cut += found.sent
         elif not found.answered:
             self.refused[found.request_id] = found.status
             self.codes[f"{found.status} {found.code}"] += 1

@@ -37,12 +37,12 @@ class Wanted:
     seed: int = 0
     #: Rounds between two audits; each era has new keys.
     era: int = 50
-    clients: int = 24
-    pace_s: float = 0.04
+    clients: int = 32
+    pace_s: float = 0.03
     #: Load between two kills, seconds.
-    between_s: tuple[float, float] = (0.2, 0.8)
+    between_s: tuple[float, float] = (0.1, 0.6)
     #: Requests of an era that its limits are made for, a round.
-    requests_a_round: int = 150
+    requests_a_round: int = 120
     #: One key whose hard budget has so many requests, instead of several kinds of limits; 0 = no.
     budget: int = 0
 
@@ -131,7 +131,7 @@ class Run:
                 self._house.check()
                 await self._kill()
                 figures.rounds += 1
-                await self._house.serves(max(1, wanted.workers - 1))
+                await self._house.serves(max(1, wanted.workers // 2))
                 if wanted.budget and customers[0].codes["429 insufficient_quota"] > wanted.clients:
                     break
             await self._house.ready()
