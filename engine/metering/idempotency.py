@@ -14,15 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Row, and_, delete, or_, select, tuple_, update
+from sqlalchemy import Row, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from engine.metering import idempotency_store as store
 from engine.metering.database import Database, DatabaseError
-from engine.metering.inserting import insert_ignoring
+from engine.metering.idempotency_store import Answer, Claim, Place
 from engine.metering.journal import read_only
 from engine.metering.lives import Life, Lives
 from engine.metering.rows import decode
-from engine.metering.schema import idempotency as table
 from engine.metering.schema import ledger
 
 log = logging.getLogger("hearth.idempotency")
@@ -33,7 +33,8 @@ Headers = Sequence[tuple[bytes, bytes]]
 MOST_BODY_BYTES = 1024 * 1024
 #: Answers that wait for a database that is away; of more than these the bodies are not kept.
 _MOST_OWED_BODIES = 64
-_PURGED_AT_ONCE = 500
+#: Claims of which it is not known whether they were written: of more than these nothing is kept.
+_MOST_OWED = 10_000
 
 
 class Claimed(NamedTuple):
@@ -63,21 +64,6 @@ class Mismatch(NamedTuple):
 
 
 Outcome = Claimed | Recorded | InProgress | Mismatch
-
-
-class _Claim(NamedTuple):
-    """What a request claims: row and values."""
-
-    key_id: str
-    idem_key: str
-    request_hash: str
-    request_id: str
-
-
-class _Answer(NamedTuple):
-    status: int
-    headers: Headers
-    body: bytes | None
 
 
 class Idempotency:
@@ -114,11 +100,16 @@ class Idempotency:
         self._lasts_ms, self._stale_ms = round(lasts_s * 1000), round(stale_s * 1000)
         self._clock = clock
         #: Claims that are being made or answered here, by row: digest and Unix milliseconds.
-        self._in_hand: dict[tuple[str, str], tuple[str, int]] = {}
+        self._in_hand: dict[Place, tuple[str, int]] = {}
         #: What the database is to be told of claims; None: drop it.
-        self._owed: dict[tuple[str, str], _Answer | None] = {}
-        self._paying = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._owed: dict[Place, Answer | None] = {}
+        #: Claims that wait for the database.
+        self._waiting: list[tuple[Claim, asyncio.Future[Outcome]]] = []
+        #: Those who want to hear that what is owed was said.
+        self._listening: list[asyncio.Future[None]] = []
+        self._writer: asyncio.Task[None] | None = None
+        #: Whether something came since the writer last looked.
+        self._more = False
 
     async def claim(self, key_id: str, idem_key: str, request_hash: str, request_id: str) -> Outcome:
         """Claims the key for a request, or says what became of the one that has it.
@@ -126,20 +117,29 @@ class Idempotency:
         Raises:
             DatabaseError: the database fails (`DatabaseAwayError`: for now); nothing is claimed.
         """
-        await self._pay()
         place, now = (key_id, idem_key), self._now()
+        if place in self._owed:
+            await self._say()
         mine = self._in_hand.get(place)
         if mine is not None:
             digest, since = mine
             return Mismatch() if digest != request_hash else _in_progress(now - since)
         self._in_hand[place] = (request_hash, now)
+        claim = Claim(key_id, idem_key, request_hash, request_id)
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append((claim, future))
+        self._begin_to_write()
         outcome: Outcome | None = None
         try:
-            outcome = await self._claim(_Claim(key_id, idem_key, request_hash, request_id), now)
+            outcome = await future
         finally:
-            # Also when this was cancelled: a row that is ours and not in hand is free to be taken.
             if not isinstance(outcome, Claimed) or outcome.charged:
                 del self._in_hand[place]
+            if outcome is None and len(self._owed) < _MOST_OWED:
+                # Cancelled, or a commit whose end is unknown: if there is a row, nobody will answer it.
+                self._owed[place] = None
+                if future.cancelled() or future.exception() is None:
+                    self._begin_to_write()
         return outcome
 
     async def complete(
@@ -150,11 +150,17 @@ class Idempotency:
         """
         too_many = len(self._owed) >= _MOST_OWED_BODIES
         kept = body if body is not None and len(body) <= MOST_BODY_BYTES and not too_many else None
-        await self._owe((key_id, idem_key), _Answer(status, headers if kept is not None else (), kept))
+        self._owed[key_id, idem_key] = Answer(status, headers if kept is not None else (), kept)
+        await self._say_or_wait()
 
     async def drop(self, key_id: str, idem_key: str) -> None:
         """The request was not answered 2xx: a retry is a new request. As `complete` otherwise."""
-        await self._owe((key_id, idem_key), None)
+        self._owed[key_id, idem_key] = None
+        await self._say_or_wait()
+
+    async def close(self) -> None:
+        """Says what is still to be said. What cannot be said is found in the ledger by whoever asks next."""
+        await self._say_or_wait()
 
     async def purge(self) -> int:
         """Deletes what is no longer remembered; how many. To be called now and then (each hour, say).
@@ -162,66 +168,118 @@ class Idempotency:
         Raises:
             DatabaseError: the database fails; the rest stays for the next time.
         """
-        now, deleted = self._now(), 0
-        old = or_(table.c.created_at < now - self._lasts_ms, table.c.created_at > now + self._lasts_ms)
-        while True:
+        now, deleted, done = self._now(), 0, False
+
+        def lives(worker: str) -> bool:
+            return self._lives.look(worker) is Life.ALIVE
+
+        while not done:
             async with self._database.writing() as connection:
-                running = select(table.c.worker).where(old, table.c.status.is_(None)).distinct()
-                found = [name for name in (await connection.execute(running)).scalars() if name is not None]
-                alive = [name for name in found if self._lives.look(name) is Life.ALIVE]
-                # A claim of a living worker stays, whatever the clock says.
-                ended = and_(
-                    old,
-                    or_(table.c.status.is_not(None), table.c.worker.is_(None), table.c.worker.not_in(alive)),
+                gone, done = await store.purge_some(
+                    connection, now - self._lasts_ms, now + self._lasts_ms, lives
                 )
-                place = tuple_(table.c.key_id, table.c.idem_key)
-                some = select(table.c.key_id, table.c.idem_key).where(ended).limit(_PURGED_AT_ONCE)
-                gone = (await connection.execute(delete(table).where(place.in_(some), ended))).rowcount
             deleted += gone
-            if gone < _PURGED_AT_ONCE:
-                return deleted
+        return deleted
 
-    async def _claim(self, claim: _Claim, now: int) -> Outcome:
-        values = {**claim._asdict(), "created_at": now, "worker": self._me}
+    async def _say(self) -> None:
+        """Returns once the database knows what is owed; its errors are raised, and it stays owed."""
+        heard: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # A caller that was cancelled will not look at a failure: that is no forgotten exception.
+        heard.add_done_callback(lambda future: future.cancelled() or future.exception())
+        self._listening.append(heard)
+        self._begin_to_write()
+        await asyncio.shield(heard)
+
+    async def _say_or_wait(self) -> None:
+        try:
+            await self._say()
+        except DatabaseError as error:
+            log.warning("Answers for retries wait for the database: %s", error)
+
+    def _begin_to_write(self) -> None:
+        self._more = True
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        # What comes while one batch is written is the next.
+        while self._more:
+            self._more = False
+            claims = {claim.place: (claim, future) for claim, future in self._waiting if not future.done()}
+            listening = self._listening
+            self._waiting, self._listening = [], []
+            try:
+                await self._write_owed()
+                for heard in listening:
+                    _resolve(heard, None)
+                if claims:
+                    await self._write_claims(claims)
+            except Exception as error:
+                # Each of these is somebody's, who raises it.
+                for heard in listening:
+                    _fail(heard, error)
+                for _, future in claims.values():
+                    _fail(future, error)
+
+    async def _write_owed(self) -> None:
+        owed = dict(self._owed)
+        if not owed:
+            return
         async with self._database.writing() as connection:
-            insert = insert_ignoring(connection, table).values(**values).returning(table.c.request_id)
-            while (await connection.execute(insert)).scalar_one_or_none() is None:
-                found = select(table).where(_at(claim.key_id, claim.idem_key)).with_for_update()
-                row = (await connection.execute(found)).one_or_none()
-                # None: it was dropped between the two.
-                if row is not None:
-                    return await self._decide(connection, claim, row, now)
-            return Claimed(claim.request_id, charged=False)
+            await store.tell(connection, self._me, owed)
+        for place in owed:
+            self._owed.pop(place, None)
+            self._in_hand.pop(place, None)
 
-    async def _decide(self, connection: AsyncConnection, claim: _Claim, row: Row[Any], now: int) -> Outcome:
+    async def _write_claims(self, claims: dict[Place, tuple[Claim, asyncio.Future[Outcome]]]) -> None:
+        now = self._now()
+        outcomes: dict[Place, Outcome] = {}
+        async with self._database.writing() as connection:
+            fresh = await store.add(connection, [claim for claim, _ in claims.values()], self._me, now)
+            for place in sorted(claims):
+                claim = claims[place][0]
+                if place in fresh:
+                    outcomes[place] = Claimed(claim.request_id, charged=False)
+                else:
+                    outcomes[place] = await self._claim(connection, claim, now)
+        for place, (_, future) in claims.items():
+            _resolve(future, outcomes[place])
+
+    async def _claim(self, connection: AsyncConnection, claim: Claim, now: int) -> Outcome:
+        """Claims what another has, or had."""
+        while (row := await store.find(connection, claim.place)) is None:
+            # It was dropped meanwhile.
+            if await store.add(connection, [claim], self._me, now):
+                return Claimed(claim.request_id, charged=False)
+        return await self._decide(connection, claim, row, now)
+
+    async def _decide(self, connection: AsyncConnection, claim: Claim, row: Row[Any], now: int) -> Outcome:
         age = now - row.created_at
         running = row.status is None and self._life(row.worker, age) is Life.ALIVE
         if not running and abs(age) > self._lasts_ms:
             # Of a day ago; or of a future that a wrong clock told, and would lock the key until then.
-            await _set(connection, claim, now, worker=self._me, **claim._asdict(), **_NO_ANSWER)
+            await store.begin_anew(connection, claim, self._me, now)
             return Claimed(claim.request_id, charged=False)
         if row.request_hash != claim.request_hash:
             return Mismatch()
         if running:
             return _in_progress(age)
         if row.status is None:
-            return await self._take_over(connection, claim, row, now)
+            return await self._take_over(connection, row, now)
         if row.body is None:
             return Claimed(row.request_id, charged=True)
         headers = tuple((name.encode("latin-1"), value.encode("latin-1")) for name, value in row.headers)
         return Recorded(row.status, headers, row.body, row.request_id)
 
-    async def _take_over(
-        self, connection: AsyncConnection, claim: _Claim, row: Row[Any], now: int
-    ) -> Claimed:
+    async def _take_over(self, connection: AsyncConnection, row: Row[Any], now: int) -> Claimed:
         """Goes on with what a dead worker left."""
         # The journal first: what is folded into the ledger between the two looks is then found there.
         charged = await asyncio.to_thread(self._is_in_journal, row.worker, row.request_id)
         if not charged:
             counted = select(ledger.c.request_id).where(ledger.c.request_id == row.request_id)
             charged = (await connection.execute(counted)).scalar_one_or_none() is not None
-        # Charged: it counts as answered, and its answer is not known.
-        await _set(connection, claim, now, worker=self._me, status=200 if charged else None)
+        place = (row.key_id, row.idem_key)
+        await store.take_over(connection, place, self._me, now, charged=charged)
         return Claimed(row.request_id, charged)
 
     def _life(self, name: str | None, age: int) -> Life:
@@ -239,63 +297,22 @@ class Idempotency:
         if file is None:
             return False
         records, _ = read_only(file)
-        return any(decode(record).request_id == request_id for record in records)
-
-    async def _owe(self, place: tuple[str, str], answer: _Answer | None) -> None:
-        self._owed[place] = answer
-        task = asyncio.create_task(self._pay_or_wait())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
-
-    async def _pay_or_wait(self) -> None:
-        try:
-            await self._pay()
-        except DatabaseError as error:
-            log.warning("Answers for retries wait for the database: %s", error)
-
-    async def _pay(self) -> None:
-        """Tells the database what is owed: all that has gathered while another was at it, at once."""
-        if not self._owed:
-            return
-        async with self._paying:
-            owed = dict(self._owed)
-            if not owed:
-                return
-            async with self._database.writing() as connection:
-                # In one order, so that two workers wait for each other rather than for ever.
-                for place in sorted(owed):
-                    await self._tell(connection, place, owed[place])
-            for place in owed:
-                self._owed.pop(place, None)
-                self._in_hand.pop(place, None)
-
-    async def _tell(
-        self, connection: AsyncConnection, place: tuple[str, str], answer: _Answer | None
-    ) -> None:
-        # Not of another worker that took it for left behind; it goes on under the same id.
-        mine = and_(_at(*place), table.c.worker == self._me)
-        if answer is None:
-            await connection.execute(delete(table).where(mine, table.c.status.is_(None)))
-            return
-        headers = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in answer.headers]
-        values = {"status": answer.status, "headers": headers, "body": answer.body}
-        await connection.execute(update(table).where(mine, table.c.body.is_(None)).values(**values))
+        # Only those that may be it are read: one that another version wrote may not be readable.
+        mark = request_id.encode()
+        return any(decode(record).request_id == request_id for record in records if mark in record)
 
     def _now(self) -> int:
         return round(self._clock() * 1000)
 
 
-_NO_ANSWER: dict[str, Any] = {"status": None, "headers": None, "body": None}
+def _resolve(future: asyncio.Future[Any], result: object) -> None:
+    if not future.done():
+        future.set_result(result)
 
 
-def _at(key_id: str, idem_key: str) -> ColumnElement[bool]:
-    return and_(table.c.key_id == key_id, table.c.idem_key == idem_key)
-
-
-async def _set(connection: AsyncConnection, claim: _Claim, now: int, **values: Any) -> None:
-    there = _at(claim.key_id, claim.idem_key)
-    await connection.execute(update(table).where(there).values(**values, created_at=now))
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
 
 
 def _in_progress(age_ms: int) -> InProgress:

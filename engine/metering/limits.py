@@ -164,21 +164,15 @@ class Limits:
             counts.unlock()
 
     def look(self, subject: str, *, per_minute: int | None) -> Admitted:
-        """What `admit` would say of the rate now, without counting: for the headers of other answers.
-
-        Raises:
-            ApiError: as `admit`.
-        """
+        """What is left of the rate now, for the headers of answers to what was not admitted."""
         if per_minute is None:
             return _UNLIMITED
         counts = self._counts
         counts.lock()
         try:
-            now = self._clock()
-            rate = _Rate(per_minute, counts.tat[counts.row(subject, now)], now)
+            row = counts.known_row(subject)
+            rate = _Rate(per_minute, 0 if row is None else counts.tat[row], self._clock())
             return Admitted(rate.limit, rate.remaining, rate.reset_s)
-        except CountsFullError as error:
-            raise _full() from error
         finally:
             counts.unlock()
 
@@ -187,7 +181,9 @@ class Limits:
         counts = self._counts
         counts.lock()
         try:
-            row = counts.row(subject, self._clock())
+            row = counts.known_row(subject)
+            if row is None:
+                return 0
             counts.forget_dead(row)
             return counts.total(row)
         finally:

@@ -19,6 +19,7 @@ import logging
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 log = logging.getLogger("hearth.limits")
@@ -121,17 +122,23 @@ class SharedCounts:
             if keys[2 * place] == low and keys[2 * place + 1] == high:
                 return place
         low, high = _digest(subject)
-        found = self._search(low, high, now)
+        found = self._find(low, high)
+        if found is None:
+            found = self._make(low, high, now)
         if found is None:
             for seat in range(self._taken[0]):
                 self._clear_if_dead(seat)
-            found = self._search(low, high, now)
+            found = self._make(low, high, now)
         if found is None:
             raise CountsFullError(f"the table of limits {self.file} has no row left for one more subject.")
         if len(self._places) >= self.rows:
             self._places.clear()
         self._places[subject] = (found, low, high)
         return found
+
+    def known_row(self, subject: str) -> int | None:
+        """The subject's row, where it has one."""
+        return self._find(*_digest(subject))
 
     def total(self, row: int) -> int:
         """What all workers have in hand of the row's subject."""
@@ -149,25 +156,30 @@ class SharedCounts:
                 found |= self._clear_if_dead(seat)
         return found
 
-    def _search(self, low: int, high: int, now: int) -> int | None:
-        keys, free = self._keys, None
-        for step in range(min(_SEARCH, self.rows)):
-            place = (high + step) & (self.rows - 1)
+    def _reach(self, high: int) -> Iterator[int]:
+        return ((high + step) & (self.rows - 1) for step in range(min(_SEARCH, self.rows)))
+
+    def _find(self, low: int, high: int) -> int | None:
+        keys = self._keys
+        for place in self._reach(high):
             there = keys[2 * place]
             if there == low and keys[2 * place + 1] == high:
                 return place
             if there == 0:
-                free = place if free is None else free
-                break
-            if free is None and self._is_idle(place, now):
-                free = place
-        if free is None:
-            return None
-        self.tat[free] = self.since[free] = self.pace[free] = 0
-        # The half that says "never used" comes last.
-        keys[2 * free + 1] = high
-        keys[2 * free] = low
-        return free
+                return None
+        return None
+
+    def _make(self, low: int, high: int, now: int) -> int | None:
+        keys = self._keys
+        for place in self._reach(high):
+            if keys[2 * place] and not self._is_idle(place, now):
+                continue
+            self.tat[place] = self.since[place] = self.pace[place] = 0
+            # The half that says "never used" comes last.
+            keys[2 * place + 1] = high
+            keys[2 * place] = low
+            return place
+        return None
 
     def _is_idle(self, row: int, now: int) -> bool:
         remembers = now < self.tat[row] <= now + FARTHEST_NS

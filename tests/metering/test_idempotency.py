@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.metering.database import Database, DatabaseAwayError
 from engine.metering.idempotency import MOST_BODY_BYTES, Claimed, Idempotency, InProgress, Mismatch, Recorded
@@ -251,7 +253,7 @@ async def test_purge_deletes_what_is_old(house: House, database: Database) -> No
 async def test_a_purge_takes_as_many_turns_as_it_needs(
     house: House, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.metering.idempotency._PURGED_AT_ONCE", 2)
+    monkeypatch.setattr("engine.metering.idempotency_store._PURGED_AT_ONCE", 2)
     one = house.worker()
     for number in range(5):
         await one.claim(f"req_{number}", key=f"k{number}")
@@ -261,8 +263,9 @@ async def test_a_purge_takes_as_many_turns_as_it_needs(
     assert await count(database) == 0
 
 
-async def test_a_cancelled_claim_does_not_hold_its_key(house: House) -> None:
-    one, two = house.worker(), house.worker()
+@pytest.mark.parametrize("who", [0, 1])
+async def test_a_cancelled_claim_does_not_hold_its_key(house: House, who: int) -> None:
+    workers = one, _ = house.worker(), house.worker()
     for moment in range(12):
         key = f"k{moment}"
         task = asyncio.create_task(one.claim("req_1", key=key))
@@ -270,12 +273,50 @@ async def test_a_cancelled_claim_does_not_hold_its_key(house: House) -> None:
             await asyncio.sleep(0)
         task.cancel()
         outcome = (await asyncio.gather(task, return_exceptions=True))[0]
-        again = await one.claim("req_2", key=key)
+        # Its own next claim comes after what it has still to say.
+        await one.claim("req_2", key=f"other {moment}")
+        again = await workers[who].claim("req_3", key=key)
         if isinstance(outcome, Claimed):
             assert isinstance(again, InProgress)
-            continue
-        assert isinstance(again, Claimed) and not again.charged
-        assert isinstance(await two.claim("req_3", key=key), InProgress)
+        else:
+            assert again == Claimed("req_3", charged=False)
+            assert isinstance(await workers[1 - who].claim("req_4", key=key), InProgress)
+
+
+async def test_of_a_claim_and_a_cancelled_one_before_it_one_wins(house: House) -> None:
+    one, two = house.worker(), house.worker()
+    for moment in range(6):
+        key = f"k{moment}"
+        task = asyncio.create_task(one.claim("req_1", key=key))
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        outcomes = await asyncio.gather(*(one.claim(f"req_{number}", key=key) for number in range(5)))
+        outcomes.append(await two.claim("req_9", key=key))
+        assert sum(isinstance(each, Claimed) for each in outcomes) == 1
+
+
+async def test_a_claim_whose_commit_failed_does_not_hold_its_key(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = house.worker(), house.worker()
+    writing = house.databases[0].writing
+
+    @contextlib.asynccontextmanager
+    async def lost() -> AsyncIterator[AsyncConnection]:
+        async with writing() as connection:
+            yield connection
+        # It is written, and the answer does not come.
+        raise DatabaseAwayError("gone fishing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(house.databases[0], "writing", lost)
+        with pytest.raises(DatabaseAwayError):
+            await one.claim("req_1")
+    assert isinstance(await two.claim("req_2"), InProgress)
+    await one.retries.close()
+    assert await two.claim("req_2") == FRESH
 
 
 async def test_a_client_that_leaves_does_not_keep_its_answer_from_being_kept(house: House) -> None:

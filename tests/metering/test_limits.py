@@ -184,6 +184,9 @@ def test_more_busy_subjects_than_rows_are_refused_not_miscounted(
         limits.admit("one more", per_minute=60, concurrent=None)
     assert (caught.value.status, caught.value.code) == (503, "limits_full")
     assert limits.look("k3", per_minute=60).remaining == 59
+    # To look is always possible.
+    assert limits.look("one more", per_minute=60) == Admitted(60, 60, 0.0)
+    assert limits.in_hand("one more") == 0
     # A second later their rates have nothing to remember, and the rows can be others'.
     clock.wait(1)
     for number in range(16):
@@ -318,9 +321,12 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def counts(self) -> None:
         for subject in self.rate:
-            if self.is_busy(subject):
-                total = sum(each[subject] for each in self.in_hand)
-                assert self.workers[0].in_hand(subject) == total
+            total = sum(each[subject] for each in self.in_hand)
+            assert self.workers[0].in_hand(subject) == total
+            rate = self.rate[subject]
+            if rate is not None:
+                left = math.floor(rate - self.missing[subject])
+                assert self.workers[1].look(subject, per_minute=rate).remaining == left
 
     def teardown(self) -> None:
         if hasattr(self, "workers"):
