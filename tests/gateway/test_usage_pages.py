@@ -23,6 +23,7 @@ from tests.gateway.dummy import DummyRunner, House, open_house, route
 
 ADMIN = "hearth-admin-key-0123456789abcdef"
 OWN = "hearth-own-key-0123456789abcdef"
+FRESH = "hearth-fresh-key-0123456789abcdef"
 SECOND = "hearth-second-key-0123456789abcdef"
 DAY_MS = 86_400_000
 
@@ -92,6 +93,26 @@ async def test_a_callers_own_key_in_the_present_period(books: Books) -> None:
     period = period_name("month", books.now)
     assert answer["since"] == f"{period}-01T00:00:00Z"
     assert answer["until"] == shown_moment(period_end_ms(period))
+
+
+async def test_a_callers_last_request_is_in_the_sums_at_once(books: Books) -> None:
+    await tenants.create(books.database, "fresh", plan="team")
+    await keys.create(books.database, key=FRESH, tenant="fresh")
+    await books.house.gateway.ring.refresh()
+    given, body = {"authorization": f"Bearer {FRESH}"}, {"model": "dummy", "messages": []}
+    charged = 0
+    for number in range(1, 5):
+        status, _, headers = await books.house.post("/v1/chat/completions", body, headers=given)
+        assert (status, headers["x-hearth-charge"]) == (200, "0" if number <= 2 else "2")
+        charged += int(headers["x-hearth-charge"])
+        status, answer = await books.get("/v1/usage", key=FRESH)
+        assert answer["total"] == {"requests": number, "charge": charged, "unit": "EUR"}
+        assert answer["plan"]["included"] == {
+            "limit": 2,
+            "used": min(number, 2),
+            "left": max(0, 2 - number),
+        }
+        assert str(answer["plan"]["budget"]["left"]) == headers["x-hearth-budget-remaining"]
 
 
 async def test_the_plans_standing_counts_the_whole_tenant(books: Books) -> None:
