@@ -18,9 +18,9 @@ from engine.cli import tables
 from engine.cli.examples import curl_lines
 from engine.cli.profile import chosen_profile
 from engine.config import Config
-from engine.metering import keys
+from engine.metering import keys, tenants
 from engine.metering.database import DatabaseError
-from engine.metering.lookup import AccessError
+from engine.metering.lookup import AccessError, hint
 from engine.metering.opening import opened
 from engine.scheduler.changes import Reloaded
 from engine.scheduler.plan import Entries
@@ -45,6 +45,8 @@ def serve(config: Config, *, plain: bool = False, read: Callable[[], Config] | N
     try:
         profile = chosen_profile(config)
         shown_key = asyncio.run(first_key(config))
+        for warning in asyncio.run(unknown_owners(config)) if config.dedicated else ():
+            console.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
         scheduler = Scheduler(config, profile, load_catalog(), read=read and (lambda: _read_anew(read)))
         live = console.is_terminal and not plain
         screen = Screen(console, shown_key, live=live, given=config.api_key is not None)
@@ -92,6 +94,22 @@ async def first_key(config: Config) -> str | None:
             return None
         made, _ = await keys.create(database, name="first")
         return made
+
+
+async def unknown_owners(config: Config) -> list[str]:
+    """A sentence for each `[dedicated.NAME]` that names no tenant of the database: a slip, or one to be made.
+
+    Raises:
+        DatabaseError: the database cannot be used.
+    """
+    async with opened(config) as database:
+        known = {name for tenant in await tenants.list_tenants(database) for name in (tenant.id, tenant.name)}
+    return [
+        f"[dedicated] {owner}: there is no tenant of this name or id, so nobody uses its replicas. "
+        f"{hint(owner, known, 'tenants')}"
+        for owner in config.dedicated
+        if owner not in known
+    ]
 
 
 class Screen:

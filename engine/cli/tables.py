@@ -54,7 +54,7 @@ def note(model: ModelStatus) -> str:
         ready = sum(replica.state == "ready" for replica in model.replicas)
         parts.append(f"{ready} of {len(model.replicas)} replicas ready")
     if model.spill_over:
-        parts.append("spills over to the shared")
+        parts.append("spill-over")
     if model.expert_balance:
         parts.append(balance(model.expert_balance))
     if model.restarts:
