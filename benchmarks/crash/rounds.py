@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.crash.audit import Counted, Faults, audit, audit_rest, settled, verify
 from benchmarks.crash.clients import Connection, Load, serve_one
@@ -22,6 +22,8 @@ from benchmarks.crash.house import House
 from engine.metering.database import Database
 from engine.metering.opening import opened
 
+Victim = Literal["gateway", "scheduler", "database", "everything"]
+_SHARES: dict[Victim, float] = {"gateway": 0.62, "scheduler": 0.2, "database": 0.15, "everything": 0.03}
 #: Gateways hear of new keys within a second.
 _NEWS_S = 1.5
 _PAUSE_S = 60.0
@@ -45,6 +47,8 @@ class Wanted:
     requests_a_round: int = 120
     #: One key whose hard budget has so many requests, instead of several kinds of limits; 0 = no.
     budget: int = 0
+    #: Whom the first rounds kill; by chance where it is empty or used up.
+    victims: tuple[Victim, ...] = ()
 
 
 @dataclass
@@ -129,7 +133,8 @@ class Run:
                 await asyncio.sleep(self._chance.uniform(*wanted.between_s))
                 load.check()
                 self._house.check()
-                await self._kill()
+                chosen = wanted.victims[figures.rounds : figures.rounds + 1]
+                await self._kill(*(chosen or self._chance.choices(list(_SHARES), list(_SHARES.values()))))
                 figures.rounds += 1
                 await self._house.serves(max(1, wanted.workers // 2))
                 if wanted.budget and customers[0].codes["429 insufficient_quota"] > wanted.clients:
@@ -171,13 +176,15 @@ class Run:
         async with asyncio.timeout(_PAUSE_S * 4):
             await asyncio.gather(*(caller(each, seed) for each in customers for seed in range(8)))
 
-    async def _kill(self) -> None:
-        """One victim of this round's choice, begun again where Hearth does not do that itself."""
+    async def _kill(self, victim: Victim) -> None:
+        """SIGKILL to the victim, begun again where Hearth does not do that itself."""
         house, chance, killed = self._house, self._chance, self.figures.killed
-        dice = chance.random()
-        if dice < 0.62:
+        if victim == "gateway":
             killed["gateway"] += house.kill_gateway(chance)
-        elif dice < 0.82:
+        elif victim == "database":
+            killed["database" if isinstance(self._store, PostgreSQL) else "database held"] += 1
+            await asyncio.to_thread(self._store.hurt, chance.uniform(0, 0.5))
+        elif victim == "scheduler":
             house.kill_scheduler()
             killed["scheduler"] += 1
             await asyncio.sleep(chance.uniform(0, 0.3))
@@ -185,12 +192,8 @@ class Run:
                 # Nobody starts it again until the next scheduler is there.
                 killed["gateway"] += house.kill_gateway(chance)
             house.begin()
-        elif dice < 0.97:
-            killed["database" if isinstance(self._store, PostgreSQL) else "database held"] += 1
-            await asyncio.to_thread(self._store.hurt, chance.uniform(0, 0.5))
         else:
-            gateways = house.kill_everything()
-            killed["gateway"] += gateways
+            killed["gateway"] += house.kill_everything()
             killed["scheduler"] += 1
             house.begin()
 
