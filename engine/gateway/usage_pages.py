@@ -49,32 +49,53 @@ class Sum(BaseModel):
     unit: str | None = Field(description="'credits' or a currency; null where there is none or several.")
 
 
-class Part(BaseModel):
-    """Requests of one day, model or category that were charged in one unit."""
+class _Part(BaseModel):
+    """Requests that were charged in one unit."""
 
     requests: int
     charge: int
     unit: str
 
 
-class DayPart(Part):
+class _Day(BaseModel):
     day: str = Field(description="UTC; a month ('2026-11') where old days were rolled up.")
 
 
-class ModelPart(Part):
+class _Model(BaseModel):
     model: str
 
 
-class CategoryPart(Part):
+class _Category(BaseModel):
     category: str
 
 
-class TenantPart(Part):
+class _Tenant(BaseModel):
     tenant: str = Field(description="Its id.")
 
 
-class KeyPart(Part):
+class _Key(BaseModel):
     key: str = Field(description="Its id.")
+
+
+# The fields of the last base come first.
+class DayPart(_Part, _Day):
+    """Requests of one day that were charged in one unit."""
+
+
+class ModelPart(_Part, _Model):
+    """Requests to one model."""
+
+
+class CategoryPart(_Part, _Category):
+    """Requests to models of one category."""
+
+
+class TenantPart(_Part, _Tenant):
+    """Requests of one tenant."""
+
+
+class KeyPart(_Part, _Key):
+    """Requests of one key."""
 
 
 class UsageAnswer(BaseModel):

@@ -220,7 +220,9 @@ def _of_counters(before: Counters, after: Counters, durable: Sums, rolled_until:
 
 
 def _of_budget(budget: BudgetSeen) -> Iterable[Finding]:
-    name = f"budget of {budget.subject} in {budget.period}"
+    owner, _, of = budget.subject.partition("#")
+    kind = {"included": "included requests", "day": "requests of the day", "requests": "budget of requests"}
+    name = f"{kind.get(of, 'budget')} of {owner} in {budget.period}"
     if budget.used != budget.settled_used:
         yield Finding(
             name,
@@ -237,7 +239,8 @@ def _of_budget(budget: BudgetSeen) -> Iterable[Finding]:
         )
     elif budget.leased:
         yield Finding(
-            name, f"{budget.leased} units are with living workers, or with dead ones not settled yet."
+            name,
+            f"{budget.leased} are with living workers, used or to be used, or with dead ones not settled yet.",
         )
 
 

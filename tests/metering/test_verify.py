@@ -64,7 +64,8 @@ def test_all_agree() -> None:
         (Facts({"w-1": Sums(6, 20)}, counters=[counted(3, 9)], later=[counted(5, 15)]), False, "1 rows"),
         (Facts({}, budgets=[BudgetSeen("key-1", PERIOD, 5, 0, 4, 0)]), False, "says 5 used"),
         (Facts({}, budgets=[BudgetSeen("key-1", PERIOD, 4, 3, 4, 2)]), False, "says 3 leased"),
-        (Facts({}, budgets=[BudgetSeen("key-1", PERIOD, 4, 3, 4, 3)]), True, "with living workers"),
+        (Facts({}, budgets=[BudgetSeen("key-1", PERIOD, 4, 3, 4, 3)]), True, "3 are with living workers"),
+        (Facts({}, budgets=[BudgetSeen("key-1#day", "2026-11-24", 4, 0, 3, 0)]), False, "says 4 used"),
     ],
 )
 def test_each_difference_is_explained(facts: Facts, good: bool, text: str) -> None:
@@ -93,7 +94,7 @@ async def test_a_real_ledger_with_everything_in_it(tmp_path: Path, database: Dat
         report = explain(await gather(database, tmp_path))
         assert report.good
         assert report.ledger == report.counted == Sums(2, 6) and report.workers == 1
-        assert "10 units are with living workers" in words(report)
+        assert "10 are with living workers" in words(report)
         # What a kill leaves between folding a row in and emptying the journal, and while writing another one.
         tally.begin(1)
         journal.append([encode(row(0)), encode(row(7))])
