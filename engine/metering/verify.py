@@ -240,7 +240,7 @@ def _of_budget(budget: BudgetSeen) -> Iterable[Finding]:
     elif budget.leased:
         yield Finding(
             name,
-            f"{budget.leased} are with living workers, used or to be used, or with dead ones not settled yet.",
+            f"{budget.leased} are with living workers, used or not, or with dead ones not settled yet.",
         )
 
 
