@@ -126,6 +126,9 @@ class LeaseStore:
                 budget, lease = pure.give_back(budget, lease, min(order.back, lease.granted))
                 before, taken = lease.granted, budget.used + budget.leased
                 wish = pure.block(order.share_of, taken, order.workers, order.cost) if order.cost else 0
+                if order.back and before - order.unspared + budget.room(order.limit) < order.cost:
+                    # What was given back would only come again, and stay too little.
+                    wish = 0
                 budget, lease, units = pure.grant(budget, lease, wish, order.limit)
                 lease = replace(lease, used=min(order.unspared, lease.granted))
                 changed.append((name, budget, lease))

@@ -169,6 +169,9 @@ class Wallet:
                 return True
             if self._clock() >= held.nothing_until:
                 continue
+            if held.hard and held.elsewhere and 0 < held.purse.spare < cost:
+                # Too little here, and too little where the others are: together it may be enough for one.
+                held.giving = True
             if gives_up_at is None:
                 gives_up_at = now + _WAIT_S
             if held.elsewhere == held.vain or self._clock() >= gives_up_at:

@@ -133,6 +133,20 @@ async def test_a_flood_over_budget_costs_no_database_work(database: Database) ->
     assert store_of(wallet).trades == before + 1
 
 
+async def test_what_is_too_little_for_each_worker_is_enough_for_one_of_them(database: Database) -> None:
+    account = Account("key-1", PERIOD, 4)
+    wallets = [wallet_of(database, worker, workers=2) for worker in ("w-1", "w-2")]
+    for wallet in wallets:
+        assert await wallet.acquire(account, 2)
+        wallet.put_back(account, 2)
+    assert sorted(await asyncio.gather(*(use(wallet, account, 3) for wallet in wallets))) == [False, True]
+    assert not any(await asyncio.gather(*(use(wallet, account, 3) for wallet in wallets)))
+    for wallet in wallets:
+        await wallet.close()
+    budget = await read_budget(database, "key-1", PERIOD)
+    assert budget.used + budget.leased <= 4
+
+
 async def test_a_raised_limit_counts_at_once_and_a_lowered_one_too(database: Database) -> None:
     wallet = wallet_of(database)
     assert sum([await use(wallet, Account("key-1", PERIOD, 5)) for _ in range(9)]) == 5
