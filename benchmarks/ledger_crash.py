@@ -23,8 +23,9 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from typing import Any
 
-from benchmarks._measure import machine, write_result
+from benchmarks._measure import RESULTS, machine, write_result
 from benchmarks.crash.rounds import Wanted, run
 from benchmarks.crash.writers import run as run_writers
 
@@ -46,7 +47,26 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--writers", type=int, default=0, help="processes that write the ledger, no gateways")
     parser.add_argument("--limit", type=int, default=50_000, help="budget of the writers' key")
     parser.add_argument("--name", default="", help="of the results file; else it is made of the arguments")
+    parser.add_argument("--add", action="store_true", help="add to the figures in the results file")
     return parser.parse_args()
+
+
+def sums(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two runs as one: counts added up."""
+    result = dict(other)
+    for name, value in one.items():
+        there = other.get(name)
+        if name == "machine" or there is None:
+            result[name] = value
+        elif isinstance(value, dict):
+            result[name] = sums(value, there)
+        elif isinstance(value, bool):
+            result[name] = value and there
+        elif name == "settled_s":
+            result[name] = max(value, there)
+        elif isinstance(value, int | float | list) and name != "workers":
+            result[name] = value + there
+    return result
 
 
 def _say(text: str) -> None:
@@ -79,7 +99,11 @@ def main() -> int:
         figures = asyncio.run(run(wanted, _say))
         document, good = figures.document(), figures.good
     print(json.dumps(document, indent=2))
-    file = write_result(asked.name or f"ledger_crash-{kind}-{asked.database}", {"machine": about, **document})
+    name = asked.name or f"ledger_crash-{kind}-{asked.database}"
+    before = RESULTS / f"{name}.json"
+    if asked.add and before.exists():
+        document = sums(json.loads(before.read_text()), document)
+    file = write_result(name, {"machine": about, **document})
     print(f"Written to {file}.")
     return 0 if good else 1
 

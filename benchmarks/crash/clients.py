@@ -189,6 +189,8 @@ async def serve_one(connection: Connection, customer: Customer, chance: random.R
             if not more:
                 return found
             more -= 1
+        elif found.status == 503:
+            await asyncio.sleep(0.2)
         elif found.status in (0, 409, 429) or found.status >= 500 or not found.whole:
             await asyncio.sleep(0.05)
         else:
