@@ -213,7 +213,7 @@ async def run(wanted: Wanted, tell: Callable[[str], None] = lambda _: None) -> F
             doing = Run(wanted, house, store, tell)
             try:
                 await doing.all()
-            except (Exception, asyncio.CancelledError):
+            except Exception:
                 tell(house.last_words())
                 raise
             return doing.figures
