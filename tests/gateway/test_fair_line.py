@@ -81,7 +81,7 @@ def test_backlogged_flows_share_the_work_by_their_weights(
         for entry in server.order[before:]:
             begun[entry.subject] += entry.cost  # type: ignore[assignment]  # a sum of seconds
         for flow in server.line._flows.values():
-            if flow.waiting and not server.line._has_room(flow, flow.waiting[0].cost):
+            if flow.waiting and not server.line._has_room(flow, flow.waiting[0].cost, server.now):
                 held.add(flow.key[0])
     for one in largest:
         for other in largest:
@@ -158,8 +158,33 @@ def test_a_share_is_of_work_too() -> None:
     server = Server(Line(Rules(), 8))
     for _ in range(3):
         server.send("short", 1.0)
-    states = [server.send("long", 100.0).state for _ in range(4)]
-    assert states == ["running", "running", "waiting", "waiting"]
+    states = [server.send("long", 1.9).state for _ in range(4)]
+    assert states == ["running", "running", "running", "waiting"]
+
+
+def test_a_large_request_waits_until_its_flow_is_within_its_share_of_the_time() -> None:
+    """Of ten active keys, one with requests of 5 s gets one of them in 50 s, however much room there is."""
+    server = Server(Line(Rules(active_s=math.inf), 100))
+    for i in range(9):
+        server.send(f"guest{i}", 0.5)
+    for _ in range(200):
+        server.send("flood", 5.0)
+    while server.now < 1000:
+        subject = server.step().subject
+        if subject != "flood":
+            server.send(subject, 0.5)
+    assert server.done["flood"] == pytest.approx(100, abs=10)
+
+
+def test_a_large_request_runs_where_there_is_nothing_else_to_do() -> None:
+    server = Server(Line(Rules(active_s=math.inf), 100))
+    for i in range(9):
+        server.send(f"guest{i}", 0.5)
+    for _ in range(200):
+        server.send("flood", 5.0)
+    while server.now < 500:
+        server.step()
+    assert server.done["flood"] == pytest.approx(500, abs=20)
 
 
 def test_when_the_others_have_gone_a_key_has_the_whole_window_again() -> None:

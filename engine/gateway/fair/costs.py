@@ -1,9 +1,17 @@
 """What a request of one model costs: estimated before it is sent, learnt from what it turned out to be.
 
-The unit is the model's own: tokens where there are tokens (a completion token counts as two prompt tokens, as
-in the virtual token counters of Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024), else
-megapixel steps of pictures to paint, else kilobytes of the body. Costs of different models are never
-compared.
+The unit is the second of one replica, all of it. A request stays at a replica for
+
+    reading * (its prompt tokens + those of others meanwhile) + writing * its completion tokens   (texts)
+    writing * megapixel steps, or kilobytes of the body                                 (everything else)
+
+seconds. Reading a prompt takes the engine's whole step while it lasts, from all that are there; writing takes
+one place of the batch, so it costs its time divided by `max_batch`. Both factors are learnt from requests
+with known counts by multiplicative updates: each takes the part of the error that its term has in the
+estimate (exponentiated gradient, Kivinen and Warmuth, 1997), so that both stay positive and requests which
+are all alike leave their ratio as it was. That reading and writing must be weighed against each other, and
+an estimate be corrected once an answer's length is known: virtual token counters, Sheng et al., "Fairness
+in Serving Large Language Models", OSDI 2024.
 """
 
 from __future__ import annotations
@@ -11,21 +19,21 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-#: What a completion token costs, in prompt tokens.
-COMPLETION_WEIGHT = 2.0
 #: Of models that nothing is known of yet.
 _BYTES_PER_TOKEN, _COMPLETION_TOKENS = 4.0, 256.0
+_READING_S, _WRITING_S = 1e-4, 2e-2
 _SIDE_PIXELS, _STEPS = 512, 20
-#: Weight of one more observation in a mean.
+#: Weight of one more observation in a mean; more for the first ones.
 _NEW = 0.1
 #: Time at a replica tells the cost but roughly, for it depends on the company: it changes an estimate by at
 #: most this factor.
 _MOST_BY_TIME = 8.0
-#: No request is free: a thousand of the smallest are work, too.
-_LEAST = 1.0
+#: No request is free, seconds.
+_LEAST_S = 1e-4
 #: Larger numbers in a body are a mistake that the runner will answer; they must not bend any count.
 _MOST_NUMBER = 1 << 20
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+_WRITES = frozenset({"chat", "code", "vision"})
 
 
 class Ask(NamedTuple):
@@ -42,84 +50,119 @@ class Ask(NamedTuple):
 class Cost(NamedTuple):
     """An estimate and what it was made of."""
 
+    #: Seconds of one replica.
     total: float
-    #: Of the body: in prompt tokens, megapixel steps or kilobytes.
-    body: float
     bytes: int
-    #: Of all the answer's choices together.
-    completion: float
+    #: Prompt tokens, where the model writes.
+    read: float
+    #: Completion tokens of each choice; else megapixel steps or kilobytes.
+    write: float
     choices: int
 
 
 class Costs:
     """The estimates of one model."""
 
-    __slots__ = ("_completion", "_is_image", "_is_text", "_most", "_per_byte", "_per_second")
+    __slots__ = (
+        "_category",
+        "_completion",
+        "_most",
+        "_per_byte",
+        "_places",
+        "_read",
+        "_reading",
+        "_seen",
+        "_writing",
+        "_wrote",
+    )
 
-    def __init__(self, category: str, context_length: int | None) -> None:
-        self._is_image = category == "image"
-        self._is_text = category in ("chat", "code", "vision", "embedding")
-        self._most = float(context_length) if context_length and self._is_text else float("inf")
-        self._completion = _COMPLETION_TOKENS if category in ("chat", "code", "vision") else 0.0
+    def __init__(self, category: str, context_length: int | None, max_batch: int = 1) -> None:
+        self._category = category
+        self._most = float(context_length or _MOST_NUMBER)
+        self._completion = _COMPLETION_TOKENS
         #: Prompt tokens per byte, by the body's length (its number of bits): a body of megabytes is a
         #: picture, and holds far fewer tokens a byte than a text.
         self._per_byte: dict[int, float] = {}
-        #: Cost per second at a replica; 0 = nothing has been seen.
-        self._per_second = 0.0
+        self._reading, self._writing = _READING_S, _WRITING_S
+        self._places = max_batch
+        self._seen = 0
+        #: How many observations have told of each factor.
+        self._read = self._wrote = 0.0
 
     def estimate(self, bytes: int, ask: Ask) -> Cost:
         """What a request will cost, as far as its body's length and a few members tell."""
         choices = 1 if ask.n is None else _count(ask.n, 1)
-        if self._is_image:
-            work = choices * _megapixels(ask.size) * _count(ask.steps, _STEPS)
-            return Cost(max(_LEAST, work), work, bytes, 0.0, choices)
-        if not self._is_text:
-            work = bytes / 1024
-            return Cost(max(_LEAST, work), work, bytes, 0.0, 1)
-        body = min(self._most, bytes * self._rate(bytes))
-        completion = self._completion
-        if ask.max_tokens is not None:
-            completion = min(completion, _count(ask.max_tokens, int(completion)))
-        completion *= choices
-        return Cost(max(_LEAST, body + COMPLETION_WEIGHT * completion), body, bytes, completion, choices)
+        if self._category in _WRITES:
+            read = min(self._most, bytes * self._rate(bytes))
+            write = self._completion
+            if ask.max_tokens is not None:
+                write = min(write, _count(ask.max_tokens, _MOST_NUMBER))
+            return Cost(self._total(read, write, choices), bytes, read, write, choices)
+        if self._category == "image":
+            write = _megapixels(ask.size) * _count(ask.steps, _STEPS)
+            return Cost(self._total(0.0, write, choices), bytes, 0.0, write, choices)
+        write = bytes / 1024
+        return Cost(self._total(0.0, write, 1), bytes, 0.0, write, 1)
 
     def learn(
-        self, cost: Cost, *, prompt_tokens: int | None, completion_tokens: int | None, seconds: float
+        self,
+        cost: Cost,
+        *,
+        prompt_tokens: int | None,
+        completion_tokens: int | None,
+        seconds: float,
+        others_read: float = 0.0,
     ) -> float:
-        """What the request has cost; from the tokens where they were told, else from its time at the replica.
+        """What the request has cost; from the tokens where they were told, else from its time.
 
         Args:
             cost: what was estimated.
             seconds: its time at the replica.
+            others_read: prompt tokens of others that this replica was given meanwhile.
         """
-        if prompt_tokens is None or not self._is_text:
-            return self.by_time(cost, seconds, learn=True)
+        self._seen += 1
+        if self._category not in _WRITES:
+            actual = self.by_time(cost, seconds)
+            self._timed(0.0, cost.write, seconds)
+            return actual
+        if prompt_tokens is None:
+            return self.by_time(cost, seconds)
         bits, rate = cost.bytes.bit_length(), prompt_tokens / max(1, cost.bytes)
         known = self._per_byte.get(bits)
-        self._per_byte[bits] = rate if known is None else _mean(known, rate)
-        actual = float(prompt_tokens)
+        self._per_byte[bits] = rate if known is None else self._mean(known, rate)
+        write = cost.write
         if completion_tokens is not None:
-            self._completion = _mean(self._completion, completion_tokens / cost.choices)
-            actual += COMPLETION_WEIGHT * completion_tokens
-        else:
-            actual += COMPLETION_WEIGHT * cost.completion
-        self._timed(actual, seconds)
-        return max(_LEAST, actual)
+            write = completion_tokens / cost.choices
+            self._completion = self._mean(self._completion, write)
+        self._timed(prompt_tokens + others_read, write, seconds)
+        return self._total(prompt_tokens, write, cost.choices)
 
-    def by_time(self, cost: Cost, seconds: float, *, learn: bool = False) -> float:
+    def by_time(self, cost: Cost, seconds: float) -> float:
         """What a request has cost of which only its time at the replica is known."""
-        known = self._per_second
-        if learn:
-            self._timed(cost.total, seconds)
-        if not known:
+        expected = self._reading * cost.read + self._writing * cost.write
+        if not self._seen or not expected:
             return cost.total
-        least = max(_LEAST, cost.total / _MOST_BY_TIME)
-        return min(max(seconds * known, least), cost.total * _MOST_BY_TIME)
+        factor = min(max(seconds / expected, 1 / _MOST_BY_TIME), _MOST_BY_TIME)
+        return max(_LEAST_S, cost.total * factor)
 
-    def _timed(self, work: float, seconds: float) -> None:
-        if seconds > 0:
-            rate = work / seconds
-            self._per_second = _mean(self._per_second, rate) if self._per_second else rate
+    def _total(self, read: float, write: float, choices: int) -> float:
+        return max(_LEAST_S, self._reading * read + self._writing * write * choices / self._places)
+
+    def _timed(self, read: float, write: float, seconds: float) -> None:
+        """A request with these counts took so long."""
+        reading, writing = self._reading * read, self._writing * write
+        if seconds <= 0 or reading + writing <= 0:
+            return
+        error = min(max(seconds / (reading + writing), 1e-6), 1e6)
+        share = reading / (reading + writing)
+        # Where most requests hardly read, the first long prompt must still tell what reading takes.
+        self._read += share
+        self._wrote += 1 - share
+        self._reading *= error ** (share * max(_NEW, 1 / max(1.0, self._read)))
+        self._writing *= error ** ((1 - share) * max(_NEW, 1 / max(1.0, self._wrote)))
+
+    def _mean(self, old: float, new: float) -> float:
+        return old + max(_NEW, 1 / self._seen) * (new - old)
 
     def _rate(self, bytes: int) -> float:
         """Prompt tokens per byte of a body of this length."""
@@ -133,10 +176,6 @@ class Costs:
         return found
 
 
-def _mean(old: float, new: float) -> float:
-    return old + _NEW * (new - old)
-
-
 def _count(value: Any, default: int) -> int:
     """A whole number that is at least 1, or the default: what a runner will refuse costs nothing here."""
     if type(value) is int and 0 < value <= _MOST_NUMBER:
@@ -147,4 +186,4 @@ def _count(value: Any, default: int) -> int:
 def _megapixels(size: Any) -> float:
     found = _SIZE.fullmatch(size) if isinstance(size, str) and len(size) < 16 else None
     pixels = int(found[1]) * int(found[2]) if found else _SIDE_PIXELS * _SIDE_PIXELS
-    return min(pixels, 1 << 26) / 1e6
+    return min(max(pixels, 1), 1 << 26) / 1e6

@@ -164,7 +164,7 @@ class Gate:
         place.queue = queue
         place.size = size
         place.estimate = estimate = queue.costs.estimate(size, ask)
-        place.cost = estimate.total
+        place.cost, place.read = estimate.total, estimate.read
         place.batch = ask.batch or exchange.headers.get(b"x-hearth-priority") == b"batch"
         place.subject, place.weight = (_ANYONE, 1.0) if caller is None else (caller.subject, caller.weight)
         line = queue.line
@@ -206,8 +206,14 @@ class Gate:
             return costs.by_time(place.estimate, seconds)
         ticket = exchange.ticket
         prompt, completion = (None, None) if ticket is None else ticket.tokens
+        line = place.queue.line
         return costs.learn(
-            place.estimate, prompt_tokens=prompt, completion_tokens=completion, seconds=seconds
+            place.estimate,
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            seconds=seconds,
+            # At one replica, of all workers together, were they even.
+            others_read=(line.read - place.mark - place.read) / max(line.capacity, 1 / self._workers),
         )
 
     def _waits_no_longer(self, place: Place, queue: _Queue) -> None:
@@ -228,11 +234,14 @@ class Gate:
             )
             costs = self._costs.get(route.id)
             if costs is None:
-                costs = self._costs[route.id] = Costs(route.category, route.context_length)
-            line = Line(Rules(most, self._rules.active_s), self._window(served, pool))
+                costs = self._costs[route.id] = Costs(
+                    route.category, route.context_length, route.max_batch or 1
+                )
+            line = Line(Rules(most, self._rules.active_s), None)
             queue = self._queues[(route.id, pool)] = _Queue(route.id, pool, line, costs, wait_s)
         queue.served = served
-        self._tell(queue.line.resize(self._window(served, pool), now))
+        capacity = len(served.replicas(pool)) / self._workers
+        self._tell(queue.line.resize(self._window(served, pool), now, capacity))
         return queue
 
     def _window(self, served: Served, pool: str) -> int | None:

@@ -9,7 +9,9 @@ served. When a request has ended, its flow's tag is corrected by what the estima
 
 That alone is not enough: engines do not interrupt what they have begun, so whoever fills the window while the
 others pause makes them wait when they return. While several flows are active, each therefore has no more than
-its share of the window, in requests and in work, and always at least one request.
+its share of the window, in requests and in work, and always at least one request. Where that one is much more
+than what the others send, as a prompt of a hundred pages is among questions, it waits until what its flow has
+had before is within the flow's share of the replicas' time, or until the replicas have nothing to do.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from dataclasses import dataclass
 
 #: Time constant of the measured rates, seconds.
 _TAU_S = 20.0
+#: A request that costs so many times what the others' do is large.
+_LARGE = 2.0
+#: Weight of one more observation in a mean.
+_NEW = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +41,26 @@ class Rules:
 class Entry:
     """One request: waiting, or at a replica, or neither."""
 
-    __slots__ = ("batch", "cost", "flow", "since", "size", "state", "subject", "weight")
+    __slots__ = ("batch", "cost", "flow", "mark", "read", "since", "size", "state", "subject", "weight")
 
     def __init__(
-        self, subject: str, cost: float, *, weight: float = 1.0, batch: bool = False, size: int = 0
+        self,
+        subject: str,
+        cost: float,
+        *,
+        weight: float = 1.0,
+        batch: bool = False,
+        size: int = 0,
+        read: float = 0.0,
     ) -> None:
         self.subject = subject
         self.weight = weight
         self.batch = batch
         self.cost = cost
+        #: Prompt tokens, which hold up all others while they are read.
+        self.read = read
+        #: `Line.read` when it began.
+        self.mark = 0.0
         #: Bytes that it keeps in memory while it waits.
         self.size = size
         #: "out" (before and after), "waiting", "running"; "evicted" = it has had to give way.
@@ -56,7 +73,21 @@ class Entry:
 class Flow:
     """What one subject has in the line, apart for interactive and batch requests."""
 
-    __slots__ = ("batch", "key", "last", "mean", "queued", "running", "tag", "waiting", "weight", "work")
+    __slots__ = (
+        "batch",
+        "debt",
+        "debt_at",
+        "key",
+        "last",
+        "mean",
+        "queued",
+        "running",
+        "seen",
+        "tag",
+        "waiting",
+        "weight",
+        "work",
+    )
 
     def __init__(self, key: tuple[str, bool], weight: float, tag: float, mean: float) -> None:
         self.key = key
@@ -69,23 +100,32 @@ class Flow:
         self.running = 0
         #: Cost of those that run, as estimated.
         self.work = 0.0
-        #: Mean cost of one of its requests.
+        #: Mean cost of its last requests.
         self.mean = mean
+        #: Whether one has ended.
+        self.seen = False
+        #: What it has had beyond its share of the replicas' time, as of a moment.
+        self.debt = 0.0
+        self.debt_at = 0.0
         self.last = 0.0
 
 
 class Line:
     """Requests for one pool of replicas."""
 
-    def __init__(self, rules: Rules, window: int | None) -> None:
+    def __init__(self, rules: Rules, window: int | None, capacity: float = 1.0) -> None:
         """
         Args:
             window: most requests at the replicas at once; None = any number.
+            capacity: what the replicas can do in a second, in the unit of costs.
         """
         self.rules = rules
         self.window = window
+        self.capacity = capacity
         self.running = 0
         self.waiting = 0
+        #: Prompt tokens of all that have run.
+        self.read = 0.0
         #: Cost of all that wait.
         self.queued = 0.0
         self._batch_running = 0
@@ -116,7 +156,9 @@ class Line:
         entry.since = now
         if not flow.waiting and flow.tag < self._virtual:
             flow.tag = self._virtual
-        if self._may_run(flow, entry.cost) or (self._sweep(now) and self._may_run(flow, entry.cost)):
+        if self._may_run(flow, entry.cost, now) or (
+            self._sweep(now) and self._may_run(flow, entry.cost, now)
+        ):
             self._run(entry, flow, now)
             return None
         return self._queue(entry, flow, now)
@@ -135,13 +177,20 @@ class Line:
         flow.work = flow.work - entry.cost if flow.running else 0.0
         if flow.batch:
             self._batch_running -= 1
-        flow.tag += ((actual or 0.0) - entry.cost) / flow.weight
+        off = (actual or 0.0) - entry.cost
+        flow.tag += off / flow.weight
+        flow.debt = max(0.0, flow.debt + off)
         if flow.tag > self._latest:
             self._latest = flow.tag
         self._touch(flow, now)
         if actual is not None:
+            # The first is believed: an estimate from before anything was learnt is none.
+            step = (_NEW if flow.seen else 1.0) * (actual - flow.mean)
+            flow.seen = True
+            flow.mean += step
+            self._means += step
             stay = now - entry.since
-            self._stay_s = stay if not self._stay_s else self._stay_s + 0.1 * (stay - self._stay_s)
+            self._stay_s = stay if not self._stay_s else self._stay_s + _NEW * (stay - self._stay_s)
         if not self.running and not self.waiting:
             # The end of a busy period: nobody keeps a debt (Goyal et al., rule 2).
             self._virtual = self._latest
@@ -159,16 +208,17 @@ class Line:
         self._forget(entry, flow)
         entry.state = "out"
 
-    def resize(self, window: int | None, now: float) -> list[Entry]:
-        """Another window: those that run now."""
+    def resize(self, window: int | None, now: float, capacity: float = 1.0) -> list[Entry]:
+        """Another window and capacity: those that run now."""
         self.window = window
+        self.capacity = capacity
         return self.advance(now) if self.waiting else []
 
     def advance(self, now: float) -> list[Entry]:
         """Lets all run that may; returns them in their order."""
         self._sweep(now)
         begun = []
-        while self.waiting and (flow := self._next()) is not None:
+        while self.waiting and (flow := self._next(now)) is not None:
             entry = flow.waiting.popleft()
             self._forget(entry, flow)
             self._run(entry, flow, now)
@@ -216,9 +266,6 @@ class Line:
             if not flow.batch:
                 self._interactive += entry.weight - flow.weight
             flow.weight = entry.weight
-        step = 0.1 * (entry.cost - flow.mean)
-        flow.mean += step
-        self._means += step
         self._touch(flow, now)
         return flow
 
@@ -248,7 +295,7 @@ class Line:
             self._weights = self._interactive = self._means = 0.0
         return bool(gone)
 
-    def _has_room(self, flow: Flow, cost: float) -> bool:
+    def _has_room(self, flow: Flow, cost: float, now: float) -> bool:
         """Whether a request of this cost may run now, as far as window and shares go."""
         window = self.window
         if window is None:
@@ -258,28 +305,40 @@ class Line:
         if flow.batch and self._interactive and self._batch_running >= max(1, window // 2):
             # Those who sit and wait must find room when they come.
             return False
-        if not flow.running or len(self._flows) == 1:
+        flows = len(self._flows)
+        if flows == 1 or not self.running:
             return True
         rivals = self._weights if flow.batch else self._interactive
         if rivals <= flow.weight:
             return True
-        share = window * flow.weight / rivals
-        if flow.running + 1 > math.ceil(share - 1e-9):
-            return False
+        share = flow.weight / rivals
         # Each flow has one vote on what a request usually is, however many it sends.
-        return flow.work + cost <= share * self._means / len(self._flows)
+        if flow.running and (
+            flow.running + 1 > math.ceil(window * share - 1e-9)
+            or flow.work + cost > window * share * self._means / flows
+        ):
+            return False
+        if cost <= _LARGE * (self._means - flow.mean) / (flows - 1):
+            return True
+        return self._owed(flow, share, now) <= 0.0
 
-    def _may_run(self, flow: Flow, cost: float) -> bool:
+    def _owed(self, flow: Flow, share: float, now: float) -> float:
+        """What the flow has had beyond its share of the replicas' time, by now."""
+        flow.debt = max(0.0, flow.debt - share * self.capacity * (now - flow.debt_at))
+        flow.debt_at = now
+        return flow.debt
+
+    def _may_run(self, flow: Flow, cost: float, now: float) -> bool:
         """Whether a request that comes now runs at once."""
-        if flow.waiting or not self._has_room(flow, cost):
+        if flow.waiting or not self._has_room(flow, cost, now):
             return False
         if not self.waiting:
             return True
         # Whoever waits beside a free place is held by its share alone, or by one that has just ended.
-        other = self._next()
+        other = self._next(now)
         return other is None or (flow.batch, flow.tag) < (other.batch, other.tag)
 
-    def _next(self) -> Flow | None:
+    def _next(self, now: float) -> Flow | None:
         """The flow whose first request runs next; None = nobody may. At most `most_waiting` are looked at."""
         best: Flow | None = None
         for flow in self._flows.values():
@@ -287,7 +346,7 @@ class Line:
                 continue
             if best is not None and (best.batch, best.tag) <= (flow.batch, flow.tag):
                 continue
-            if self._has_room(flow, flow.waiting[0].cost):
+            if self._has_room(flow, flow.waiting[0].cost, now):
                 best = flow
         return best
 
@@ -297,6 +356,10 @@ class Line:
         flow.tag += entry.cost / flow.weight
         if flow.tag > self._latest:
             self._latest = flow.tag
+        if not flow.debt:
+            flow.debt_at = now
+        # What it had while nobody else wanted anything does not bar it for long.
+        flow.debt = min(flow.debt, entry.cost) + entry.cost
         flow.running += 1
         flow.work += entry.cost
         self.running += 1
@@ -304,6 +367,8 @@ class Line:
             self._batch_running += 1
         entry.state = "running"
         entry.since = now
+        entry.mark = self.read
+        self.read += entry.read
 
     def _queue(self, entry: Entry, flow: Flow, now: float) -> list[Entry]:
         if not self.waiting:
