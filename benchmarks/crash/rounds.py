@@ -97,6 +97,7 @@ class Run:
     ) -> None:
         self._wanted, self._house, self._store, self._tell = wanted, house, store, tell
         self._chance = random.Random(wanted.seed)
+        self._hurting: asyncio.Task[None] | None = None
         self.figures = Figures(wanted.database, wanted.workers)
 
     async def all(self) -> None:
@@ -139,11 +140,13 @@ class Run:
                 await self._house.serves(max(1, wanted.workers // 2))
                 if wanted.budget and customers[0].codes["429 insufficient_quota"] > wanted.clients:
                     break
+            await self._healed()
             await self._house.ready()
             async with asyncio.timeout(_PAUSE_S):
                 await load.pause()
         finally:
             await load.close()
+            await self._healed()
         await self._settled(books)
         limited = [each for each in customers if each.most is not None and not each.retries]
         await self._use_up(limited)
@@ -152,6 +155,15 @@ class Run:
         for customer in limited:
             await audit_rest(books, customer, figures.faults)
         await verify(self._house.config, figures.faults)
+
+    def _is_hurt(self) -> bool:
+        return self._hurting is not None and not self._hurting.done()
+
+    async def _healed(self) -> None:
+        """Waits until the database is there again."""
+        if self._hurting is not None:
+            await self._hurting
+            self._hurting = None
 
     async def _settled(self, books: Database) -> None:
         took = await settled(books, self._house.config)
@@ -179,11 +191,13 @@ class Run:
     async def _kill(self, victim: Victim) -> None:
         """SIGKILL to the victim, begun again where Hearth does not do that itself."""
         house, chance, killed = self._house, self._chance, self.figures.killed
-        if victim == "gateway":
+        if victim == "gateway" or (victim == "database" and self._is_hurt()):
             killed["gateway"] += house.kill_gateway(chance)
         elif victim == "database":
             killed["database" if isinstance(self._store, PostgreSQL) else "database held"] += 1
-            await asyncio.to_thread(self._store.hurt, chance.uniform(0, 0.5))
+            # The next rounds go on meanwhile: others die while it is away.
+            hurting = asyncio.to_thread(self._store.hurt, chance.uniform(0, 1.5))
+            self._hurting = asyncio.create_task(hurting)
         elif victim == "scheduler":
             house.kill_scheduler()
             killed["scheduler"] += 1
