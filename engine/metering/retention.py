@@ -37,7 +37,7 @@ from engine.metering.rows import decode
 
 #: Until when a life that is over is settled: for good.
 ENDED = 253_402_300_799_000
-#: Rows of one transaction (some 0.1 s on a SQLite file), and the pause for other writers after it.
+#: Rows of one transaction (0.5 s at most of a SQLite file on a busy machine), and the pause after it.
 AT_ONCE, _PAUSE_S = 2000, 0.02
 #: A row is as old as its request, which may have taken this long to be answered; nor does a clock that is set
 #: back by less let a row slip behind what was settled.
