@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.config import Config, ConfigError, load
 from engine.planner.ownership import family
@@ -23,6 +25,7 @@ from engine.scheduler.renewal import renew, survey
 from engine.scheduler.replan import Stood, replan
 from engine.scheduler.reports import Waiters, WakeRefusedError
 from engine.scheduler.scaling import scalable
+from engine.scheduler.seats import elsewhere
 from engine.scheduler.status import SchedulerStatus, Status, make_status
 from engine.scheduler.transitions import begin
 from engine.scheduler.units import Leaving, ProcessRef, World
@@ -31,6 +34,7 @@ from models.profile import Profile
 
 from .support import GIB, HOST, POLICY, catalog, config, entry, gateway_plan, profile
 from .test_plan_gpus import machine, wanted
+from .test_replan import replica
 
 M = entry("m")
 EMBEDDER: dict[str, Any] = {"category": "embedding", "engine": "sentence-transformers"}
@@ -212,6 +216,42 @@ def test_a_gpu_that_gets_an_owner_is_left_by_those_who_stand_there(tmp_path: Pat
     stands = {plan.id: plan.device for plan in found.runners}
     assert stands == {"bge-m3-1": f"cuda:{1 - number}", "whisper-large-v3@acme-0": shared.device}
     assert {change.kind for change in found.changes} == {"moved", "added"}
+
+
+@given(
+    gpus=st.sets(st.integers(0, 3), max_size=3),
+    sizes=st.lists(st.tuples(st.integers(1, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=6),
+    stood=st.lists(st.booleans(), min_size=6, max_size=6),
+)
+def test_no_reload_mixes_owned_gpus_with_others(
+    gpus: set[int], sizes: list[tuple[int, bool, int]], stood: list[bool]
+) -> None:
+    """Replicas stood anywhere; whatever moves, each ends on its owner's GPUs or on those of nobody."""
+    room = {f"cuda:{number}": 12 for number in range(4)}
+    kinds = device_kinds(dict.fromkeys(room, "H100"), dict.fromkeys(gpus, "acme"))
+    old, fresh = [], []
+    free = dict(room)
+    for number, (awake, wants_own, at) in enumerate(sizes):
+        own = wants_own and bool(gpus)
+        homes = [name for name in room if (kinds[name] == "H100 of acme") == own and free[name] >= awake]
+        if not homes:
+            continue
+        free[homes[0]] -= awake
+        plan = replica(f"m{number}", homes[0], awake)
+        if own:
+            plan = replace(plan, id=f"m{number}@acme-0", owner="acme")
+        fresh.append(plan)
+        if stood[number]:
+            old.append(Stood(elsewhere(plan, plan.id, f"cuda:{at}")))
+    found = replan(old, fresh, room, kinds=kinds)
+    assert len(found.runners) == len(fresh)
+    taken = dict.fromkeys(room, 0)
+    for plan in found.runners:
+        taken[plan.device] += plan.awake_bytes
+        owns_gpus = plan.owner == "acme"
+        assert (kinds[plan.device] == "H100 of acme") == owns_gpus, f"{plan.id} on {plan.device}"
+        assert ("@acme" in plan.id) == owns_gpus
+    assert all(taken[name] <= room[name] for name in room)
 
 
 # A reload and a scheduler that comes after another one
