@@ -15,6 +15,8 @@ from benchmarks.crash.customers import Customer
 from benchmarks.crash.serve import MODEL
 
 _TIMEOUT_S = 20.0
+#: One client of so many makes requests that are retried.
+_RETRYING = 6
 _DONE = b"data: [DONE]"
 
 
@@ -112,7 +114,7 @@ class Connection:
 
 @dataclass
 class Load:
-    """A number of clients that ask without end while `going`, each for customers by their shares."""
+    """A number of clients that ask without end while `going`, each for customers by chance."""
 
     port: int
     customers: Sequence[Customer]
@@ -127,8 +129,13 @@ class Load:
 
     def start(self) -> None:
         self.idle.set()
+        retrying = [each for each in self.customers if each.retries]
+        others = [each for each in self.customers if not each.retries]
         for number in range(self.clients):
-            self._tasks.append(asyncio.create_task(self._client(random.Random(self.seed * 1000 + number))))
+            # Retries take longer: they have clients of their own, so that these do not all wait for them.
+            mine = retrying if number % _RETRYING == 0 else others
+            chance = random.Random(self.seed * 1000 + number)
+            self._tasks.append(asyncio.create_task(self._client(mine or list(self.customers), chance)))
 
     def check(self) -> None:
         """Raises what a client failed with: nothing that a server does makes one fail."""
@@ -147,7 +154,7 @@ class Load:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _client(self, chance: random.Random) -> None:
+    async def _client(self, customers: Sequence[Customer], chance: random.Random) -> None:
         connection = Connection(self.port)
         try:
             while True:
@@ -155,9 +162,7 @@ class Load:
                 self.in_hand += 1
                 self.idle.clear()
                 try:
-                    weights = [customer.share for customer in self.customers]
-                    customer = chance.choices(self.customers, weights)[0]
-                    await serve_one(connection, customer, chance)
+                    await serve_one(connection, chance.choice(customers), chance)
                 finally:
                     self.in_hand -= 1
                     if not self.in_hand:

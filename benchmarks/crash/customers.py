@@ -32,7 +32,6 @@ class Customer:
     key: str
     key_id: str
     spec: PlanSpec
-    share: float
     #: Each request bears an Idempotency-Key and is sent again until it is answered.
     retries: bool
     #: Whole answers: what their heads said of the charge, by x-request-id.
@@ -80,32 +79,32 @@ class Customer:
             self.codes[f"{found.status} {found.code}"] += 1
 
 
-def terms(requests: int) -> list[tuple[str, dict[str, Any], float, bool]]:
-    """Names, plans, shares of the load and whether to retry, for about so many requests in all.
+def terms(requests: int) -> list[tuple[str, dict[str, Any], bool]]:
+    """Names, plans and whether to retry, for about so many requests in all.
 
     Each kind of limit runs out when about half of the requests have been made.
     """
     each = max(4, requests // 12)
     return [
-        ("hard", {"price": 3, "budget": {"limit": each, "of": "requests"}}, 1, False),
+        ("hard", {"price": 3, "budget": {"limit": each, "of": "requests"}}, False),
         # No multiple of the price: the last request that fits leaves some of it.
-        ("charge", {"price": 3, "budget": {"limit": 3 * each + 1}}, 1, False),
-        ("included", {"price": 5, "included": each}, 1, False),
-        ("daily", {"price": 1, "requests_per_day": each}, 1, False),
-        ("open", {"price": 7}, 1, False),
-        ("retrying", {"price": 2, "budget": {"limit": 10**9, "of": "requests"}}, 1, True),
+        ("charge", {"price": 3, "budget": {"limit": 3 * each + 1}}, False),
+        ("included", {"price": 5, "included": each}, False),
+        ("daily", {"price": 1, "requests_per_day": each}, False),
+        ("open", {"price": 7}, False),
+        ("retrying", {"price": 2, "budget": {"limit": 10**9, "of": "requests"}}, True),
     ]
 
 
 async def make_customers(
-    database: Database, era: int, wanted: list[tuple[str, dict[str, Any], float, bool]]
+    database: Database, era: int, wanted: list[tuple[str, dict[str, Any], bool]]
 ) -> list[Customer]:
     """New keys, each under a plan of its own; gateways know them within a second."""
     made = []
-    for name, plan, share, retries in wanted:
+    for name, plan, retries in wanted:
         spec = read_spec(plan)
         title = f"{name}-{era}"
         await planstore.create(database, title, spec, unit="minor", currency="EUR")
         text, key = await keys.create(database, name=title, plan=title)
-        made.append(Customer(title, text, key.id, spec, share, retries))
+        made.append(Customer(title, text, key.id, spec, retries))
     return made

@@ -123,7 +123,7 @@ class Run:
         wanted, figures = self._wanted, self.figures
         plans = terms(wanted.requests_a_round * rounds)
         if wanted.budget:
-            plans = [("hard", {"price": 3, "budget": {"limit": wanted.budget, "of": "requests"}}, 1, False)]
+            plans = [("hard", {"price": 3, "budget": {"limit": wanted.budget, "of": "requests"}}, False)]
         customers = await make_customers(books, era, plans)
         await asyncio.sleep(_NEWS_S)
         load = Load(self._house.port, customers, wanted.clients, wanted.pace_s, seed=wanted.seed * 1000 + era)

@@ -29,7 +29,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 
 def customer(*, retries: bool = False, **plan: Any) -> Customer:
-    return Customer("c", "hearth-key", "key_c", read_spec({"price": 3, **plan}), 1, retries)
+    return Customer("c", "hearth-key", "key_c", read_spec({"price": 3, **plan}), retries)
 
 
 def answer(id: str, *, charge: int = 3, digest: str = "d") -> Outcome:
