@@ -47,6 +47,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--writers", type=int, default=0, help="processes that write the ledger, no gateways")
     parser.add_argument("--limit", type=int, default=50_000, help="budget of the writers' key")
     parser.add_argument("--name", default="", help="of the results file; else it is made of the arguments")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="end after so long, at an audit; 0 = no bound"
+    )
     parser.add_argument("--add", action="store_true", help="add to the figures in the results file")
     return parser.parse_args()
 
@@ -95,6 +98,7 @@ def main() -> int:
             clients=asked.clients,
             pace_s=asked.pace,
             budget=asked.budget,
+            seconds=asked.seconds,
         )
         figures = asyncio.run(run(wanted, _say))
         document, good = figures.document(), figures.good

@@ -47,6 +47,8 @@ class Wanted:
     requests_a_round: int = 120
     #: One key whose hard budget has so many requests, instead of several kinds of limits; 0 = no.
     budget: int = 0
+    #: No further era that would not end within so many seconds; 0 = no bound.
+    seconds: float = 0
     #: Whom the first rounds kill; by chance where it is empty or used up.
     victims: tuple[Victim, ...] = ()
 
@@ -109,11 +111,13 @@ class Run:
                 await self._house.ready()
                 era = 0
                 while self.figures.rounds < wanted.rounds:
+                    since = time.monotonic()
                     await self._era(books, era, min(wanted.era, wanted.rounds - self.figures.rounds))
                     era += 1
                     self.figures.seconds = time.monotonic() - began
                     self._tell(summary(self.figures))
-                    if wanted.budget:
+                    now = time.monotonic()
+                    if wanted.budget or (wanted.seconds and 2 * now - since > began + wanted.seconds):
                         break
             finally:
                 await self._house.stop()
