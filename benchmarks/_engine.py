@@ -38,75 +38,82 @@ class Speed:
 
 
 @dataclass(eq=False)
-class _Job:
+class Job:
+    """One request: what is still to be read and written, tokens."""
+
     unread: int
     unwritten: int
     done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Steps:
+    """The engine without a clock."""
+
+    def __init__(self, speed: Speed) -> None:
+        self._speed = speed
+        self.running: list[Job] = []
+        self.waiting: deque[Job] = deque()
+
+    def step(self) -> tuple[list[Job], float]:
+        """One step: the jobs that are done by it, and how long it takes, seconds."""
+        speed, left = self._speed, self._speed.budget
+        work: list[tuple[Job, int]] = []
+        for job in self.running:
+            if left:
+                tokens = min(left, job.unread or 1)
+                work.append((job, tokens))
+                left -= tokens
+        while left and self.waiting and len(self.running) < speed.max_batch:
+            job = self.waiting.popleft()
+            self.running.append(job)
+            tokens = min(left, job.unread)
+            work.append((job, tokens))
+            left -= tokens
+        read = sum(tokens for job, tokens in work if job.unread)
+        written = sum(1 for job, _ in work if not job.unread)
+        for job, tokens in work:
+            job.unread = max(0, job.unread - tokens)
+            # The step that reads the last of a prompt writes the first token.
+            job.unwritten -= not job.unread
+        done = [job for job in self.running if not job.unread and job.unwritten <= 0]
+        self.running = [job for job in self.running if job not in done]
+        return done, speed.base_s + read * speed.read_s + written * speed.write_s
 
 
 class Engine:
     """Steps while there is something to do."""
 
     def __init__(self, speed: Speed) -> None:
-        self._speed = speed
-        self._running: list[_Job] = []
-        self._waiting: deque[_Job] = deque()
+        self._steps = Steps(speed)
         self._news = asyncio.Event()
 
     async def answer(self, prompt: int, completion: int) -> None:
         """Returns when a request of so many tokens has been answered."""
-        job = _Job(prompt, completion)
-        self._waiting.append(job)
+        steps, job = self._steps, Job(prompt, completion)
+        steps.waiting.append(job)
         self._news.set()
         try:
             await job.done.wait()
         finally:
-            for jobs in (self._running, self._waiting):
+            for jobs in (steps.running, steps.waiting):
                 with contextlib.suppress(ValueError):
                     jobs.remove(job)
 
     async def run(self) -> None:
+        steps = self._steps
         loop = asyncio.get_running_loop()
         due = loop.time()
         while True:
-            if not self._running and not self._waiting:
+            if not steps.running and not steps.waiting:
                 self._news.clear()
                 await self._news.wait()
                 due = loop.time()
-            work, took_s = self._step()
+            done, took_s = steps.step()
             # The steps' own clock, so that a late wake-up does not slow the engine down.
             due = max(due + took_s, loop.time() - 0.05)
             await asyncio.sleep(max(0.0, due - loop.time()))
-            for job, tokens in work:
-                if job.unread:
-                    job.unread -= tokens
-                else:
-                    job.unwritten -= 1
-                # The step that reads the last of a prompt writes the first token.
-                if not job.unread and tokens > 1:
-                    job.unwritten -= 1
-                if not job.unread and job.unwritten <= 0:
-                    job.done.set()
-                    if job in self._running:
-                        self._running.remove(job)
-
-    def _step(self) -> tuple[list[tuple[_Job, int]], float]:
-        speed, left = self._speed, self._speed.budget
-        work: list[tuple[_Job, int]] = []
-        for job in self._running:
-            if left:
-                tokens = min(left, job.unread or 1)
-                work.append((job, tokens))
-                left -= tokens
-        while left and self._waiting and len(self._running) < speed.max_batch:
-            job = self._waiting.popleft()
-            self._running.append(job)
-            tokens = min(left, job.unread)
-            work.append((job, tokens))
-            left -= tokens
-        read = sum(tokens for job, tokens in work if job.unread)
-        written = sum(1 for job, _ in work if not job.unread)
-        return work, speed.base_s + read * speed.read_s + written * speed.write_s
+            for job in done:
+                job.done.set()
 
 
 class _Body(msgspec.Struct):
