@@ -9,7 +9,8 @@ served. When a request has ended, its flow's tag is corrected by what the estima
 
 That alone is not enough: engines do not interrupt what they have begun, so whoever fills the window while the
 others pause makes them wait when they return. While several flows are active, each therefore has no more than
-its share of the window, in requests and in work, and always at least one request. Where that one is much more
+its share of the window, in requests and in work, or what the others have lately not needed of it, and always
+at least one request. Where that one is much more
 than what the others send, as a prompt of a hundred pages is among questions, it waits until what its flow has
 had before is within the flow's share of the replicas' time, or until the replicas have nothing to do.
 """
@@ -80,6 +81,8 @@ class Flow:
         "key",
         "last",
         "mean",
+        "peak",
+        "peak_at",
         "queued",
         "running",
         "seen",
@@ -107,6 +110,9 @@ class Flow:
         #: What it has had beyond its share of the replicas' time, as of a moment.
         self.debt = 0.0
         self.debt_at = 0.0
+        #: Most requests that it has lately had at once, and since when that is so.
+        self.peak = 0
+        self.peak_at = 0.0
         self.last = 0.0
 
 
@@ -134,8 +140,10 @@ class Line:
         self._latest = 0.0
         #: Active flows, the one longest without a request first.
         self._flows: dict[tuple[str, bool], Flow] = {}
-        #: Sums over the active flows: weights of the interactive and of all, mean costs.
+        #: Sums over the active flows: weights of the interactive and of all, peaks likewise, mean costs.
         self._interactive = 0.0
+        self._interactive_peaks = 0
+        self._peaks = 0
         self._weights = 0.0
         self._means = 0.0
         #: Work done, and seconds, while others waited: both fade.
@@ -260,6 +268,7 @@ class Line:
             if not flow.batch:
                 self._interactive += flow.weight
             self._means += flow.mean
+            self._raise_peak(flow, now)
             return flow
         if entry.weight != flow.weight:
             self._weights += entry.weight - flow.weight
@@ -267,7 +276,20 @@ class Line:
                 self._interactive += entry.weight - flow.weight
             flow.weight = entry.weight
         self._touch(flow, now)
+        self._raise_peak(flow, now)
         return flow
+
+    def _raise_peak(self, flow: Flow, now: float) -> None:
+        """One more request of the flow has come."""
+        has = flow.running + len(flow.waiting) + 1
+        if has > flow.peak or now - flow.peak_at > self.rules.active_s:
+            self._add_peak(flow, has - flow.peak)
+            flow.peak, flow.peak_at = has, now
+
+    def _add_peak(self, flow: Flow, more: int) -> None:
+        self._peaks += more
+        if not flow.batch:
+            self._interactive_peaks += more
 
     def _touch(self, flow: Flow, now: float) -> None:
         flow.last = now
@@ -290,6 +312,7 @@ class Line:
             if not flow.batch:
                 self._interactive -= flow.weight
             self._means -= flow.mean
+            self._add_peak(flow, -flow.peak)
         if not self._flows:
             # No rounding errors are carried on for ever.
             self._weights = self._interactive = self._means = 0.0
@@ -312,13 +335,14 @@ class Line:
         if rivals <= flow.weight:
             return True
         share = flow.weight / rivals
-        # Each flow has one vote on what a request usually is, however many it sends.
-        if flow.running and (
-            flow.running + 1 > math.ceil(window * share - 1e-9)
-            or flow.work + cost > window * share * self._means / flows
-        ):
-            return False
-        if cost <= _LARGE * (self._means - flow.mean) / (flows - 1):
+        # Each of the others has one vote on what a request usually is, however many it sends.
+        usual = (self._means - flow.mean) / (flows - 1)
+        if flow.running:
+            unneeded = window - (self._peaks if flow.batch else self._interactive_peaks) + flow.peak
+            places = max(window * share, unneeded)
+            if flow.running + 1 > math.ceil(places - 1e-9) or flow.work + cost > places * usual:
+                return False
+        if cost <= _LARGE * usual:
             return True
         return self._owed(flow, share, now) <= 0.0
 
