@@ -6,6 +6,8 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,65 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="cannot be opened"):
         Journal(tmp_path / "file" / "one.journal", most_bytes=1000)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=25))
+def test_what_is_dropped_goes_and_the_rest_stays(steps: list[tuple[int, int]]) -> None:
+    """Batches are added, and dropped up to one of the last; a reader without the lock sees the same."""
+    with tempfile.TemporaryDirectory() as folder, open_at(Path(folder)) as journal:
+        ends: list[int] = []
+        number = dropped = 0
+        added: list[list[bytes]] = []
+        for size, behind in steps:
+            batch = [b"%d" % (number + each) for each in range(size)]
+            number += size
+            journal.append(batch)
+            added.append(batch)
+            ends.append(journal.end)
+            if behind < len(ends):
+                place = len(ends) - 1 - behind
+                journal.drop(ends[place])
+                dropped = max(dropped, place + 1)
+            kept = [record for some in added[dropped:] for record in some]
+            found, damaged = read_only(journal.file)
+            assert damaged == 0
+            # Dropped ones may still be there where copying would not have been worth it.
+            assert found[len(found) - len(kept) :] == kept
+            assert found == journal.records()
+        journal.drop(ends[-1])
+        assert (journal.records(), journal.size) == ([], 0)
+
+
+def test_a_long_journal_is_short_again_after_it_was_folded(tmp_path: Path) -> None:
+    with open_at(tmp_path, most_bytes=8_000_000) as journal:
+        for _ in range(30):
+            journal.append([b"x" * 100_000])
+        end = journal.end
+        journal.append([b"live"])
+        journal.drop(end)
+        assert journal.records() == [b"live"]
+        assert journal.file.stat().st_size < 1_200_000
+        journal.append([b"next"])
+        assert read_only(journal.file) == ([b"live", b"next"], 0)
+
+
+def test_a_reader_never_misses_a_record_that_is_moved(tmp_path: Path) -> None:
+    with open_at(tmp_path) as journal:
+        journal.append([b"stays"])
+        ends = threading.Event()
+
+        def work() -> None:
+            while not ends.is_set():
+                journal.append([b"x" * 500] * 5)
+                end = journal.end
+                journal.append([b"stays"])
+                journal.drop(end)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            for _ in range(300):
+                assert b"stays" in read_only(journal.file)[0]
+        finally:
+            ends.set()
+            thread.join()
