@@ -8,6 +8,7 @@ it is held against the ledger, request by request: every answer has one row with
 told, no error has one, no limit is exceeded by one request, and `hearth usage verify` finds nothing wrong.
 
     python -m benchmarks.ledger_crash --rounds 1000 --database postgresql
+    python -m benchmarks.ledger_crash --rounds 100 --database postgresql --machines 2 --workers 2
     python -m benchmarks.ledger_crash --budget 50000 --workers 8
 
 With --budget all requests come with one key, until its hard budget is used up. `--writers 8` is for the
@@ -38,7 +39,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=Wanted.workers, help="gateway workers")
+    parser.add_argument("--workers", type=int, default=Wanted.workers, help="gateway workers of a machine")
+    parser.add_argument("--machines", type=int, default=1, help="Hearths that share the PostgreSQL")
     parser.add_argument("--clients", type=int, default=Wanted.clients)
     parser.add_argument("--pace", type=float, default=Wanted.pace_s, help="mean pause of a client, seconds")
     parser.add_argument("--era", type=int, default=Wanted.era, help="rounds between two audits")
@@ -67,7 +69,7 @@ def sums(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
             result[name] = value and there
         elif name == "settled_s":
             result[name] = max(value, there)
-        elif isinstance(value, int | float | list) and name != "workers":
+        elif isinstance(value, int | float | list) and name not in ("machines", "workers"):
             result[name] = value + there
     return result
 
@@ -93,6 +95,7 @@ def main() -> int:
             asked.database,
             asked.rounds,
             workers=asked.workers,
+            machines=asked.machines,
             seed=asked.seed,
             era=asked.rounds if asked.budget else asked.era,
             clients=asked.clients,

@@ -116,7 +116,8 @@ class Connection:
 class Load:
     """A number of clients that ask without end while `going`, each for customers by chance."""
 
-    port: int
+    #: Of each machine; a client stays with one.
+    ports: Sequence[int]
     customers: Sequence[Customer]
     clients: int
     #: Mean pause of one client between two requests, seconds.
@@ -135,7 +136,9 @@ class Load:
             # Retries take longer: they have clients of their own, so that these do not all wait for them.
             mine = retrying if number % _RETRYING == 0 else others
             chance = random.Random(self.seed * 1000 + number)
-            self._tasks.append(asyncio.create_task(self._client(mine or list(self.customers), chance)))
+            port = self.ports[(number // _RETRYING + number) % len(self.ports)]
+            client = self._client(Connection(port), mine or list(self.customers), chance)
+            self._tasks.append(asyncio.create_task(client))
 
     def check(self) -> None:
         """Raises what a client failed with: nothing that a server does makes one fail."""
@@ -154,8 +157,9 @@ class Load:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _client(self, customers: Sequence[Customer], chance: random.Random) -> None:
-        connection = Connection(self.port)
+    async def _client(
+        self, connection: Connection, customers: Sequence[Customer], chance: random.Random
+    ) -> None:
         try:
             while True:
                 await self.going.wait()

@@ -36,6 +36,8 @@ class Wanted:
     database: str
     rounds: int
     workers: int = 3
+    #: Hearths with state folders of their own on one PostgreSQL.
+    machines: int = 1
     seed: int = 0
     #: Rounds between two audits; each era has new keys.
     era: int = 50
@@ -58,6 +60,7 @@ class Figures:
     """What one run found."""
 
     database: str
+    machines: int
     workers: int
     rounds: int = 0
     killed: Counter[str] = field(default_factory=Counter)
@@ -95,20 +98,25 @@ class Run:
     """One run, in a folder of its own."""
 
     def __init__(
-        self, wanted: Wanted, house: House, store: SQLite | PostgreSQL, tell: Callable[[str], None]
+        self,
+        wanted: Wanted,
+        houses: Sequence[House],
+        store: SQLite | PostgreSQL,
+        tell: Callable[[str], None],
     ) -> None:
-        self._wanted, self._house, self._store, self._tell = wanted, house, store, tell
+        self._wanted, self._houses, self._store, self._tell = wanted, houses, store, tell
         self._chance = random.Random(wanted.seed)
         self._hurting: asyncio.Task[None] | None = None
-        self.figures = Figures(wanted.database, wanted.workers)
+        self.figures = Figures(wanted.database, wanted.machines, wanted.workers)
 
     async def all(self) -> None:
         """All rounds, era by era."""
         wanted, began = self._wanted, time.monotonic()
-        async with opened(self._house.config) as books:
+        async with opened(self._houses[0].config) as books:
             try:
-                self._house.begin()
-                await self._house.ready()
+                for house in self._houses:
+                    house.begin()
+                await self._ready()
                 era = 0
                 while self.figures.rounds < wanted.rounds:
                     since = time.monotonic()
@@ -120,8 +128,9 @@ class Run:
                     if wanted.budget or (wanted.seconds and 2 * now - since > began + wanted.seconds):
                         break
             finally:
-                await self._house.stop()
-                self.figures.left_processes = len(self._house.left())
+                for house in self._houses:
+                    await house.stop()
+                    self.figures.left_processes += len(house.left())
 
     async def _era(self, books: Database, era: int, rounds: int) -> None:
         wanted, figures = self._wanted, self.figures
@@ -130,22 +139,25 @@ class Run:
             plans = [("hard", {"price": 3, "budget": {"limit": wanted.budget, "of": "requests"}}, False)]
         customers = await make_customers(books, era, plans)
         await asyncio.sleep(_NEWS_S)
-        load = Load(self._house.port, customers, wanted.clients, wanted.pace_s, seed=wanted.seed * 1000 + era)
+        ports, seed = [house.port for house in self._houses], wanted.seed * 1000 + era
+        load = Load(ports, customers, wanted.clients, wanted.pace_s, seed)
         load.start()
         try:
             load.going.set()
             for _ in range(rounds):
                 await asyncio.sleep(self._chance.uniform(*wanted.between_s))
                 load.check()
-                self._house.check()
+                for house in self._houses:
+                    house.check()
                 chosen = wanted.victims[figures.rounds : figures.rounds + 1]
                 await self._kill(*(chosen or self._chance.choices(list(_SHARES), list(_SHARES.values()))))
                 figures.rounds += 1
-                await self._house.serves(max(1, wanted.workers // 2))
+                for house in self._houses:
+                    await house.serves(max(1, wanted.workers // 2))
                 if wanted.budget and customers[0].codes["429 insufficient_quota"] > wanted.clients:
                     break
             await self._healed()
-            await self._house.ready()
+            await self._ready()
             async with asyncio.timeout(_PAUSE_S):
                 await load.pause()
         finally:
@@ -158,7 +170,12 @@ class Run:
         figures.take(await audit(books, customers, figures.faults))
         for customer in limited:
             await audit_rest(books, customer, figures.faults)
-        await verify(self._house.config, figures.faults)
+        for house in self._houses:
+            await verify(house.config, figures.faults)
+
+    async def _ready(self) -> None:
+        for house in self._houses:
+            await house.ready()
 
     def _is_hurt(self) -> bool:
         return self._hurting is not None and not self._hurting.done()
@@ -170,14 +187,16 @@ class Run:
             self._hurting = None
 
     async def _settled(self, books: Database) -> None:
-        took = await settled(books, self._house.config)
-        self.figures.settled_s = max(self.figures.settled_s, round(took, 2))
+        for house in self._houses:
+            took = await settled(books, house.config)
+            self.figures.settled_s = max(self.figures.settled_s, round(took, 2))
 
     async def _use_up(self, customers: Sequence[Customer]) -> None:
         """Asks until each of them is told that its limit is reached, by several connections each."""
 
         async def caller(customer: Customer, seed: int) -> None:
-            connection, chance, refused = Connection(self._house.port), random.Random(seed), 0
+            port = self._houses[seed % len(self._houses)].port
+            connection, chance, refused = Connection(port), random.Random(seed), 0
             try:
                 # A limit that does not hold is found by the audit.
                 while refused < 2 and len(customer.answered) <= (customer.most or 0) + 50:
@@ -194,7 +213,7 @@ class Run:
 
     async def _kill(self, victim: Victim) -> None:
         """SIGKILL to the victim, begun again where Hearth does not do that itself."""
-        house, chance, killed = self._house, self._chance, self.figures.killed
+        house, chance, killed = self._chance.choice(self._houses), self._chance, self.figures.killed
         if victim == "gateway" or (victim == "database" and self._is_hurt()):
             killed["gateway"] += house.kill_gateway(chance)
         elif victim == "database":
@@ -220,19 +239,28 @@ async def run(wanted: Wanted, tell: Callable[[str], None] = lambda _: None) -> F
     """Does what is wanted; leaves no process and no file.
 
     Raises:
+        ValueError: several machines on SQLite.
         HouseError: a process ended that nobody killed.
         TimeoutError: rows are not in the ledger within a minute, or a request never ends.
     """
+    if wanted.machines > 1 and wanted.database == "sqlite":
+        raise ValueError("several machines need PostgreSQL: a SQLite file is one machine's.")
     folder = Path(tempfile.mkdtemp(prefix="hearth-crash-"))
     try:
         with database(wanted.database, folder) as store:
             url = store.url if isinstance(store, PostgreSQL) else ""
-            house = House(folder, workers=wanted.workers, database_url=url)
-            doing = Run(wanted, house, store, tell)
+            houses = []
+            for number in range(wanted.machines):
+                # In the first one's state folder, SQLite's file is.
+                place = folder if number == 0 else folder / f"machine-{number}"
+                place.mkdir(exist_ok=True)
+                houses.append(House(place, workers=wanted.workers, database_url=url))
+            doing = Run(wanted, houses, store, tell)
             try:
                 await doing.all()
             except Exception:
-                tell(house.last_words())
+                for house in houses:
+                    tell(house.last_words())
                 raise
             return doing.figures
     finally:
