@@ -7,9 +7,9 @@ import pytest
 from benchmarks.crash.rounds import Wanted, run
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize(("kind", "machines", "workers"), [("sqlite", 1, 2), ("postgresql", 2, 1)])
 async def test_killed_gateways_schedulers_and_databases_lose_and_double_nothing(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    kind: str, machines: int, workers: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if kind == "postgresql":
         # The server's package keeps its lock where it was first imported: in the session's folder.
@@ -20,7 +20,8 @@ async def test_killed_gateways_schedulers_and_databases_lose_and_double_nothing(
         Wanted(
             kind,
             rounds=4,
-            workers=2,
+            machines=machines,
+            workers=workers,
             seed=1,
             clients=16,
             pace_s=0.01,
