@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks._engine import Job, Speed, Steps
 from engine.gateway.fair.costs import Ask, Cost, Costs
-from engine.gateway.fair.line import Entry, Line, Rules
+from engine.gateway.fair.flows import Entry
+from engine.gateway.fair.line import Line, Rules
 
 #: Counted from here, seconds: the line has learnt what things cost by then.
 _COUNTED_S = 10.0

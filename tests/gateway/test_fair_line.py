@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.gateway.fair.line import Entry, Line, Rules
+from engine.gateway.fair.flows import Entry
+from engine.gateway.fair.line import Line, Rules
 
 
 @dataclass
@@ -80,7 +81,7 @@ def test_backlogged_flows_share_the_work_by_their_weights(
         more(subject)
         for entry in server.order[before:]:
             begun[entry.subject] += entry.cost  # type: ignore[assignment]  # a sum of seconds
-        for flow in server.line._flows.values():
+        for flow in server.line.flows:
             if flow.waiting and not server.line._has_room(flow, flow.waiting[0].cost, server.now):
                 held.add(flow.key[0])
     for one in largest:
@@ -263,7 +264,7 @@ def test_the_outlook_is_true_of_a_steady_line() -> None:
     for _ in range(15):
         server.step()
     asked = server.now
-    outlook_s = server.line.outlook_s("mine")
+    outlook_s = server.line.outlook_s("mine", False, server.now)
     while any(entry.state == "waiting" for entry in mine):
         server.step()
     assert outlook_s == pytest.approx(server.now - asked, rel=0.2)
@@ -329,7 +330,7 @@ class Lines(RuleBasedStateMachine):
 
     @rule(subject=st.sampled_from("abcd"), batch=st.booleans())
     def look(self, subject: str, batch: bool) -> None:
-        assert 0 <= self.line.outlook_s(subject, batch) < math.inf
+        assert 0 <= self.line.outlook_s(subject, batch, self.now) < math.inf
 
     @invariant()
     def counts_are_true(self) -> None:
@@ -338,12 +339,12 @@ class Lines(RuleBasedStateMachine):
         assert line.waiting == len(waiting) <= line.rules.most_waiting
         assert line.queued == pytest.approx(sum(entry.cost for entry in waiting), abs=1e-6)
         assert line._batch_running == sum(entry.batch for entry in running)
-        flows = line._flows.values()
-        assert line._weights == pytest.approx(sum(flow.weight for flow in flows))
-        assert line._interactive == pytest.approx(sum(flow.weight for flow in flows if not flow.batch))
-        assert line._peaks == sum(flow.peak for flow in flows)
-        assert line._interactive_peaks == sum(flow.peak for flow in flows if not flow.batch)
-        assert line._means == pytest.approx(sum(flow.mean for flow in flows), abs=1e-6)
+        flows = line.flows
+        assert line.flows.weights == pytest.approx(sum(flow.weight for flow in flows))
+        assert line.flows.interactive == pytest.approx(sum(flow.weight for flow in flows if not flow.batch))
+        assert line.flows.peaks == sum(flow.peak for flow in flows)
+        assert line.flows.interactive_peaks == sum(flow.peak for flow in flows if not flow.batch)
+        assert line.flows.means == pytest.approx(sum(flow.mean for flow in flows), abs=1e-6)
         for flow in flows:
             mine = [entry for entry in running if entry.flow is flow]
             assert flow.running == len(mine)

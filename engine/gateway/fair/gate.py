@@ -11,7 +11,8 @@ from collections.abc import Set as AbstractSet
 from engine.config import Config
 from engine.gateway.exchange import Exchange
 from engine.gateway.fair.costs import Ask, Cost, Costs
-from engine.gateway.fair.line import Entry, Line, Rules
+from engine.gateway.fair.flows import Entry
+from engine.gateway.fair.line import Line, Rules
 from engine.gateway.fair.refusals import full, too_long
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.routing import SHARED, Directory, Served
@@ -91,7 +92,7 @@ class Place(Entry):
                 await self.future
         except TimeoutError:
             if self.state == "waiting":
-                outlook_s = queue.line.outlook_s(self.subject, self.batch)
+                outlook_s = queue.line.outlook_s(self.subject, self.batch, time.monotonic())
                 raise too_long(queue.model, queue.wait_s, outlook_s) from None
         finally:
             self.future = None
@@ -99,7 +100,8 @@ class Place(Entry):
             self.waited_s += waited_s
             self._gate.waited(self, queue, waited_s)
         if self.state == "evicted":
-            raise full(queue.model, queue.line.waiting, queue.line.outlook_s(self.subject, self.batch))
+            outlook_s = queue.line.outlook_s(self.subject, self.batch, time.monotonic())
+            raise full(queue.model, queue.line.waiting, outlook_s)
 
     def step_back(self) -> None:
         """Gives the place back unused, for now; harmless without one."""
@@ -179,7 +181,7 @@ class Gate:
         self._tell(yielding)
         if place.state == "evicted":
             self._waits_no_longer(place, queue)
-            raise full(route.id, line.waiting, line.outlook_s(place.subject, place.batch))
+            raise full(route.id, line.waiting, line.outlook_s(place.subject, place.batch, now))
         return False
 
     def waited(self, place: Place, queue: _Queue, seconds: float) -> None:

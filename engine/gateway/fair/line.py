@@ -18,12 +18,13 @@ had before is within the flow's share of the replicas' time, or until the replic
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-#: Time constant of the measured rates, seconds.
-_TAU_S = 20.0
+from engine.gateway.fair.flows import Entry, Flow, Flows
+
+#: Of a flow that has waited longer, half of what it was given is forgotten again and again, seconds.
+_RECENT_S = 60.0
 #: A request that costs so many times what the others' do is large.
 _LARGE = 2.0
 #: Weight of one more observation in a mean.
@@ -37,83 +38,6 @@ class Rules:
     most_waiting: int = 256
     #: A flow counts as active for this long after its last request, seconds.
     active_s: float = 10.0
-
-
-class Entry:
-    """One request: waiting, or at a replica, or neither."""
-
-    __slots__ = ("batch", "cost", "flow", "mark", "read", "since", "size", "state", "subject", "weight")
-
-    def __init__(
-        self,
-        subject: str,
-        cost: float,
-        *,
-        weight: float = 1.0,
-        batch: bool = False,
-        size: int = 0,
-        read: float = 0.0,
-    ) -> None:
-        self.subject = subject
-        self.weight = weight
-        self.batch = batch
-        self.cost = cost
-        #: Prompt tokens, which hold up all others while they are read.
-        self.read = read
-        #: `Line.read` when it began.
-        self.mark = 0.0
-        #: Bytes that it keeps in memory while it waits.
-        self.size = size
-        #: "out" (before and after), "waiting", "running"; "evicted" = it has had to give way.
-        self.state = "out"
-        #: When it entered its state, on the caller's clock.
-        self.since = 0.0
-        self.flow: Flow | None = None
-
-
-class Flow:
-    """What one subject has in the line, apart for interactive and batch requests."""
-
-    __slots__ = (
-        "batch",
-        "debt",
-        "debt_at",
-        "key",
-        "last",
-        "mean",
-        "peak",
-        "peak_at",
-        "queued",
-        "running",
-        "seen",
-        "tag",
-        "waiting",
-        "weight",
-        "work",
-    )
-
-    def __init__(self, key: tuple[str, bool], weight: float, tag: float, mean: float) -> None:
-        self.key = key
-        self.batch = key[1]
-        self.weight = weight
-        self.tag = tag
-        self.waiting: deque[Entry] = deque()
-        #: Cost of those that wait.
-        self.queued = 0.0
-        self.running = 0
-        #: Cost of those that run, as estimated.
-        self.work = 0.0
-        #: Mean cost of its last requests.
-        self.mean = mean
-        #: Whether one has ended.
-        self.seen = False
-        #: What it has had beyond its share of the replicas' time, as of a moment.
-        self.debt = 0.0
-        self.debt_at = 0.0
-        #: Most requests that it has lately had at once, and since when that is so.
-        self.peak = 0
-        self.peak_at = 0.0
-        self.last = 0.0
 
 
 class Line:
@@ -138,18 +62,7 @@ class Line:
         self._virtual = 0.0
         #: The largest tag that any flow has had.
         self._latest = 0.0
-        #: Active flows, the one longest without a request first.
-        self._flows: dict[tuple[str, bool], Flow] = {}
-        #: Sums over the active flows: weights of the interactive and of all, peaks likewise, mean costs.
-        self._interactive = 0.0
-        self._interactive_peaks = 0
-        self._peaks = 0
-        self._weights = 0.0
-        self._means = 0.0
-        #: Work done, and seconds, while others waited: both fade.
-        self._done = 0.0
-        self._busy_s = 0.0
-        self._marked = 0.0
+        self.flows = Flows(rules.active_s)
         #: Mean seconds at a replica.
         self._stay_s = 0.0
 
@@ -159,13 +72,13 @@ class Line:
         Returns:
             Those that have to give way to it; None when it runs at once.
         """
-        flow = self._flow(entry, now)
+        flow = self.flows.of(entry, now, self._virtual)
         entry.flow = flow
         entry.since = now
         if not flow.waiting and flow.tag < self._virtual:
             flow.tag = self._virtual
         if self._may_run(flow, entry.cost, now) or (
-            self._sweep(now) and self._may_run(flow, entry.cost, now)
+            self.flows.sweep(now) and self._may_run(flow, entry.cost, now)
         ):
             self._run(entry, flow, now)
             return None
@@ -190,23 +103,16 @@ class Line:
         flow.debt = max(0.0, flow.debt + off)
         if flow.tag > self._latest:
             self._latest = flow.tag
-        self._touch(flow, now)
+        self.flows.touch(flow, now)
         if actual is not None:
-            # The first is believed: an estimate from before anything was learnt is none.
-            step = (_NEW if flow.seen else 1.0) * (actual - flow.mean)
-            flow.seen = True
-            flow.mean += step
-            self._means += step
+            self.flows.learn(flow, actual)
             stay = now - entry.since
             self._stay_s = stay if not self._stay_s else self._stay_s + _NEW * (stay - self._stay_s)
         if not self.running and not self.waiting:
             # The end of a busy period: nobody keeps a debt (Goyal et al., rule 2).
             self._virtual = self._latest
             return []
-        if not self.waiting:
-            return []
-        self._measure(actual or 0.0, now)
-        return self.advance(now)
+        return self.advance(now) if self.waiting else []
 
     def withdraw(self, entry: Entry) -> None:
         """It waits no longer."""
@@ -224,99 +130,37 @@ class Line:
 
     def advance(self, now: float) -> list[Entry]:
         """Lets all run that may; returns them in their order."""
-        self._sweep(now)
+        self.flows.sweep(now)
         begun = []
         while self.waiting and (flow := self._next(now)) is not None:
             entry = flow.waiting.popleft()
             self._forget(entry, flow)
+            flow.let_in += entry.cost
+            if now - flow.waits_since > _RECENT_S:
+                flow.waits_since, flow.let_in = (flow.waits_since + now) / 2, flow.let_in / 2
             self._run(entry, flow, now)
             begun.append(entry)
         return begun
 
-    def outlook_s(self, subject: str, batch: bool = False) -> float:
+    def outlook_s(self, subject: str, batch: bool, now: float) -> float:
         """How long until what waits of a flow, or ahead of its first request, has been let in, seconds.
 
-        By the rate at which work has left while others waited, and the flow's share of it; before there is
-        such a rate, by how long a request stays at a replica.
+        By the rate at which its work has been let in since it began to wait; before any has, by how long a
+        request stays at a replica, and how many are there at once.
         """
-        flow = self._flows.get((subject, batch))
-        ahead = flow.queued if flow is not None and flow.queued else self.queued
-        if not ahead:
-            return self._stay_s
-        share = 1.0
-        if flow is not None and flow.queued:
-            rivals = [each for each in self._flows.values() if each.waiting and each.batch == batch]
-            share = flow.weight / sum(each.weight for each in rivals)
-        if self._busy_s > 0 and self._done > 0:
-            return ahead * self._busy_s / (self._done * share)
-        mean = self.queued / self.waiting
-        return self._stay_s * ahead / (mean * max(1, self.running) * share)
+        flow = self.flows.get(subject, batch)
+        if flow is not None and flow.waiting and flow.let_in:
+            return flow.queued * (now - flow.waits_since) / flow.let_in
+        ahead = self.waiting
+        if flow is not None and flow.waiting:
+            rivals = sum(each.weight for each in self.flows if each.waiting and each.batch == batch)
+            ahead = math.ceil(len(flow.waiting) * rivals / flow.weight)
+        return self._stay_s * ahead / max(1, self.running)
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing waits or runs."""
         return not self.waiting and not self.running
-
-    def _flow(self, entry: Entry, now: float) -> Flow:
-        key = (entry.subject, entry.batch)
-        flow = self._flows.get(key)
-        if flow is None:
-            self._sweep(now)
-            flow = self._flows[key] = Flow(key, entry.weight, self._virtual, entry.cost)
-            flow.last = now
-            self._weights += flow.weight
-            if not flow.batch:
-                self._interactive += flow.weight
-            self._means += flow.mean
-            self._raise_peak(flow, now)
-            return flow
-        if entry.weight != flow.weight:
-            self._weights += entry.weight - flow.weight
-            if not flow.batch:
-                self._interactive += entry.weight - flow.weight
-            flow.weight = entry.weight
-        self._touch(flow, now)
-        self._raise_peak(flow, now)
-        return flow
-
-    def _raise_peak(self, flow: Flow, now: float) -> None:
-        """One more request of the flow has come."""
-        has = flow.running + len(flow.waiting) + 1
-        if has > flow.peak or now - flow.peak_at > self.rules.active_s:
-            self._add_peak(flow, has - flow.peak)
-            flow.peak, flow.peak_at = has, now
-
-    def _add_peak(self, flow: Flow, more: int) -> None:
-        self._peaks += more
-        if not flow.batch:
-            self._interactive_peaks += more
-
-    def _touch(self, flow: Flow, now: float) -> None:
-        flow.last = now
-        # The order of the mapping is that of the last requests.
-        del self._flows[flow.key]
-        self._flows[flow.key] = flow
-
-    def _sweep(self, now: float) -> bool:
-        """Forgets the flows that are not active any more, and their debts; whether there were any."""
-        old = now - self.rules.active_s
-        gone = []
-        for flow in self._flows.values():
-            if flow.last > old:
-                break
-            if not flow.running and not flow.waiting:
-                gone.append(flow)
-        for flow in gone:
-            del self._flows[flow.key]
-            self._weights -= flow.weight
-            if not flow.batch:
-                self._interactive -= flow.weight
-            self._means -= flow.mean
-            self._add_peak(flow, -flow.peak)
-        if not self._flows:
-            # No rounding errors are carried on for ever.
-            self._weights = self._interactive = self._means = 0.0
-        return bool(gone)
 
     def _has_room(self, flow: Flow, cost: float, now: float) -> bool:
         """Whether a request of this cost may run now, as far as window and shares go."""
@@ -325,20 +169,20 @@ class Line:
             return True
         if self.running >= window:
             return False
-        if flow.batch and self._interactive and self._batch_running >= max(1, window // 2):
+        if flow.batch and self.flows.interactive and self._batch_running >= max(1, window // 2):
             # Those who sit and wait must find room when they come.
             return False
-        flows = len(self._flows)
-        if flows == 1 or not self.running:
+        flows = self.flows
+        if len(flows) == 1 or not self.running:
             return True
-        rivals = self._weights if flow.batch else self._interactive
+        rivals = flows.weights if flow.batch else flows.interactive
         if rivals <= flow.weight:
             return True
         share = flow.weight / rivals
         # Each of the others has one vote on what a request usually is, however many it sends.
-        usual = (self._means - flow.mean) / (flows - 1)
+        usual = (flows.means - flow.mean) / (len(flows) - 1)
         if flow.running:
-            unneeded = window - (self._peaks if flow.batch else self._interactive_peaks) + flow.peak
+            unneeded = window - (flows.peaks if flow.batch else flows.interactive_peaks) + flow.peak
             places = max(window * share, unneeded)
             if flow.running + 1 > math.ceil(places - 1e-9) or flow.work + cost > places * usual:
                 return False
@@ -365,7 +209,7 @@ class Line:
     def _next(self, now: float) -> Flow | None:
         """The flow whose first request runs next; None = nobody may. At most `most_waiting` are looked at."""
         best: Flow | None = None
-        for flow in self._flows.values():
+        for flow in self.flows:
             if not flow.waiting:
                 continue
             if best is not None and (best.batch, best.tag) <= (flow.batch, flow.tag):
@@ -395,8 +239,8 @@ class Line:
         self.read += entry.read
 
     def _queue(self, entry: Entry, flow: Flow, now: float) -> list[Entry]:
-        if not self.waiting:
-            self._marked = now
+        if not flow.waiting:
+            flow.waits_since, flow.let_in = now, 0.0
         entry.state = "waiting"
         flow.waiting.append(entry)
         flow.queued += entry.cost
@@ -421,18 +265,10 @@ class Line:
 
     def _waiting_flows(self) -> Iterator[Flow]:
         """The one that had the last request first."""
-        return (flow for flow in reversed(self._flows.values()) if flow.waiting)
+        return (flow for flow in reversed(self.flows) if flow.waiting)
 
     def _forget(self, entry: Entry, flow: Flow) -> None:
         """Takes it, which has left its flow's queue, out of the counts."""
         self.waiting -= 1
         flow.queued = flow.queued - entry.cost if flow.waiting else 0.0
         self.queued = self.queued - entry.cost if self.waiting else 0.0
-
-    def _measure(self, work: float, now: float) -> None:
-        """Work has been done while others waited."""
-        past = now - self._marked
-        self._marked = now
-        fade = math.exp(-past / _TAU_S)
-        self._done = self._done * fade + work
-        self._busy_s = self._busy_s * fade + past
