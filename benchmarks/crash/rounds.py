@@ -35,12 +35,12 @@ class Wanted:
 
     database: str
     rounds: int
-    workers: int = 3
+    workers: int = 4
     #: Hearths with state folders of their own on one PostgreSQL.
     machines: int = 1
     seed: int = 0
     #: Rounds between two audits; each era has new keys.
-    era: int = 50
+    era: int = 40
     clients: int = 32
     pace_s: float = 0.03
     #: Load between two kills, seconds.
