@@ -195,9 +195,6 @@ def measure(flood: Flood, speed: Speed, rounds: int, seconds: float) -> dict[str
         name: {
             "p50_ms": round(statistics.median(each.percentile_ms(0.50) for each in phases), 1),
             "p95_ms": round(statistics.median(each.percentile_ms(0.95) for each in phases), 1),
-            "answered_per_second": round(
-                statistics.median(len(each.latencies) / each.seconds for each in phases), 1
-            ),
             "flooder_per_second": round(statistics.median(each.flooded / each.seconds for each in phases), 2),
         }
         for name, phases in found.items()
@@ -207,7 +204,7 @@ def measure(flood: Flood, speed: Speed, rounds: int, seconds: float) -> dict[str
 def show(result: dict[str, Any], console: Console) -> None:
     """The result for a person."""
     table = Table(title=f"Nine with short prompts, one floods (median of {result['rounds']} rounds)")
-    for name in ("flood", "", "p50, ms", "p95, ms", "p95, times alone", "the nine, 1/s", "flooder, 1/s"):
+    for name in ("flood", "", "p50, ms", "p95, ms", "p95, times alone", "flooder, 1/s"):
         table.add_column(name, justify="left" if name in ("flood", "") else "right")
     for name, phases in result["floods"].items():
         alone = phases["alone"]["p95_ms"]
@@ -218,7 +215,6 @@ def show(result: dict[str, Any], console: Console) -> None:
                 f"{row['p50_ms']:,.0f}",
                 f"{row['p95_ms']:,.0f}",
                 f"{row['p95_ms'] / alone:.2f}",
-                f"{row['answered_per_second']:.1f}",
                 f"{row['flooder_per_second']:.2f}",
                 end_section=phase == PHASES[-1],
             )
