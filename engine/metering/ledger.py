@@ -145,7 +145,7 @@ class LedgerWriter:
         try:
             data = encode(row)
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._scribe.put(Entry(data, row.charge, done))
+            self._scribe.put(Entry(data, row.charge, done), under_way=self._reserved)
             self.counters.waiting += 1
             await done
             if self._write_through and not self.away:

@@ -199,6 +199,7 @@ class Limits:
             return
         self._look_at = now + _LOOK_NS
         if self._counts.is_current():
+            self._counts.look_around()
             return
         try:
             fresh = self._open()

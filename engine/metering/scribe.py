@@ -1,7 +1,8 @@
 """The thread that writes one worker's journal: rows that wait together are written together.
 
 While one batch is at the disk the next one gathers, so the number of writes follows the disk and not the
-number of requests. The event loop only puts a row into a queue and is woken once a batch.
+number of requests; the thread and the event loop wake each other once a batch. While many requests are under
+way a batch waits a moment for more rows, as databases delay a commit that has siblings.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ class _Decided(NamedTuple):
 
 #: Called in the event loop: the batch, the journal's `end` behind it, and why it was not written.
 Written = Callable[[Sequence[Entry], int, JournalError | None], None]
-_Job = Entry | _Drop | _Decided | None
+_Job = list[Entry] | _Drop | _Decided | None
+
+#: A batch waits this long, seconds, while more requests than these are under way.
+_GATHER_S, _SIBLINGS = 0.002, 8
 
 
 class Scribe:
@@ -50,15 +54,39 @@ class Scribe:
     def __init__(self, journal: Journal, tally: Tally | None, written: Written) -> None:
         self._journal, self._tally, self._written = journal, tally, written
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        #: Rows of the next batch; whether its time is set, or another batch is with the thread.
+        self._next: list[Entry] = []
+        self._gathering = self._writing = False
         self._thread = threading.Thread(target=self._run, name="hearth-journal", daemon=True)
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def put(self, entry: Entry) -> None:
-        """Hands a row over; `written` tells of it."""
-        self._jobs.put(entry)
+    def put(self, entry: Entry, *, under_way: int = 1) -> None:
+        """Hands a row over; `written` tells of it. `under_way`: requests whose rows may come soon."""
+        self._next.append(entry)
+        if self._gathering or self._writing:
+            return
+        if under_way > _SIBLINGS:
+            self._gathering = True
+            self._loop.call_later(_GATHER_S, self._hand_over)
+        else:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        self._gathering = False
+        if self._next and not self._writing:
+            self._writing = True
+            self._jobs.put(self._next)
+            self._next = []
+
+    def _done(self, entries: Sequence[Entry], end: int, error: JournalError | None) -> None:
+        """In the event loop: a batch was written."""
+        self._writing = False
+        self._written(entries, end, error)
+        if not self._gathering:
+            self._hand_over()
 
     def drop(self, position: int) -> None:
         """The rows before this `end` of the journal are in the database."""
@@ -70,6 +98,10 @@ class Scribe:
 
     async def stop(self) -> None:
         """Writes what was handed over before, then ends the thread."""
+        # What is with the thread is told of by `_done`, which may have another batch.
+        if self._next:
+            self._jobs.put(self._next)
+            self._next = []
         self._jobs.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -77,7 +109,7 @@ class Scribe:
         going = True
         while going:
             jobs = self._take()
-            entries = [job for job in jobs if isinstance(job, Entry)]
+            entries = [entry for job in jobs if isinstance(job, list) for entry in job]
             if entries:
                 self._write(entries)
             for job in jobs:
@@ -110,7 +142,7 @@ class Scribe:
             if self._tally is not None:
                 self._tally.end(rows, charge, durable=True)
         try:
-            self._loop.call_soon_threadsafe(self._written, entries, self._journal.end, error)
+            self._loop.call_soon_threadsafe(self._done, entries, self._journal.end, error)
         except RuntimeError:
             # The loop was closed without a `close` of the writer: nobody waits any more; the rows are safe.
             log.warning("%d rows were journaled after their event loop had ended.", rows)

@@ -1,8 +1,9 @@
 """A table that all gateway workers of a machine share in memory: a row a subject, with counts a worker.
 
-One file, mapped by every worker. `lock` (an flock, about a microsecond) keeps others out of the table. Each
-worker has a *seat*: a column of counts that only it writes, and a byte of the file that it keeps locked
-while it lives, so that the counts of a killed worker are known for dead at once, without a timeout.
+One file, mapped by every worker. `lock` keeps others out of the table: an flock, or, while a worker is alone
+with the table, a word in it that says so; a newcomer takes that away before it comes in. Each worker has a
+*seat*: a column of counts that only it writes, and a byte of the file that it keeps locked while it lives, so
+that the counts of a killed worker are known for dead at once, without a timeout.
 
 The rows are an open hash table with a bounded search. A row is never emptied again, only taken over by
 another subject once it says nothing (nothing in hand, no rate to remember), so that a search may end at the
@@ -19,6 +20,7 @@ import logging
 import mmap
 import os
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +28,9 @@ log = logging.getLogger("hearth.limits")
 
 #: The state of the file: magic, version, rows, seats, boot.
 _HEAD = struct.Struct("<8sIII16s")
-_MAGIC, _VERSION = b"HEARTHct", 1
-#: The first page: the head, how many seats were ever taken, and the bytes that seats lock.
+_MAGIC, _VERSION = b"HEARTHct", 2
+#: The first page: the head, three words (how many seats were ever taken, how often the table was opened, and
+#: the seat, plus one, that is in it without an flock), and the bytes that seats lock.
 _PAGE, _TAKEN_AT, _SEAT_LOCKS_AT = 4096, 256, 1024
 _MOST_SEATS = _PAGE - _SEAT_LOCKS_AT
 #: Bytes of a row: its subject's digest and three times; and of a count.
@@ -38,6 +41,10 @@ _SEARCH = 64
 _FLOCK = struct.Struct("@hhqqi4x")
 #: A time further ahead than any rate remembers is nonsense (of a clock that was set back), nanoseconds.
 FARTHEST_NS = 61 * 10**9
+
+
+#: A newcomer's longest wait for the one who is in the table without an flock, and one look's pause, seconds.
+_OUT_S, _OUT_PAUSE_S = 2.0, 0.001
 
 
 class CountsError(Exception):
@@ -66,6 +73,8 @@ class SharedCounts:
         self.file, self.rows, self.seats = file, rows, seats
         self._columns_at = _PAGE + rows * _ROW
         self._places: dict[str, tuple[int, int, int]] = {}
+        #: Whether nobody else was at the table when it had been opened `_opens` times; without an flock now.
+        self._alone, self._opens, self._light = False, 0, False
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._handle = self._open()
@@ -74,6 +83,7 @@ class SharedCounts:
                 self._map()
                 self._clear(self.seat)
                 self._taken[0] = max(self._taken[0], self.seat + 1)
+                self._come_in()
                 self.unlock()
             except BaseException:
                 os.close(self._handle)
@@ -100,10 +110,52 @@ class SharedCounts:
 
     def lock(self) -> None:
         """Waits until no other worker is in the table."""
+        if self._alone:
+            words = self._taken
+            words[2] = self.seat + 1
+            if words[1] == self._opens:
+                self._light = True
+                return
+            words[2] = 0
+            self._alone = False
         fcntl.flock(self._handle, fcntl.LOCK_EX)
 
     def unlock(self) -> None:
-        fcntl.flock(self._handle, fcntl.LOCK_UN)
+        if self._light:
+            self._light = False
+            self._taken[2] = 0
+        else:
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+
+    def look_around(self) -> None:
+        """Notices when the other workers have gone: to be called now and then, outside of the lock."""
+        if self._alone:
+            return
+        self.lock()
+        try:
+            self._alone, self._opens = self._is_alone(), self._taken[1]
+        finally:
+            self.unlock()
+
+    def _come_in(self) -> None:
+        """Ends the solitude of whoever was alone with the table, under the flock."""
+        words = self._taken
+        words[1] = (words[1] + 1) % 2**32
+        # Long enough for the word to be seen by a processor that was about to look at it.
+        time.sleep(_OUT_PAUSE_S)
+        until = time.monotonic() + _OUT_S
+        while words[2] and time.monotonic() < until:
+            there = words[2] - 1
+            if there == self.seat or not _is_locked(self._handle, _SEAT_LOCKS_AT + there):
+                # It died in there: single words were written in an order that counts right.
+                words[2] = 0
+                break
+            time.sleep(_OUT_PAUSE_S)
+        self._alone, self._opens = self._is_alone(), words[1]
+
+    def _is_alone(self) -> bool:
+        others = (seat for seat in range(self._taken[0]) if seat != self.seat)
+        return not any(_is_locked(self._handle, _SEAT_LOCKS_AT + seat) for seat in others)
 
     def is_current(self) -> bool:
         """Whether the file still bears its name: a cleaner of old files may have taken it away."""
@@ -257,7 +309,7 @@ class SharedCounts:
         self._memory = mmap.mmap(self._handle, 0)
         with memoryview(self._memory) as whole:
             times_at = _PAGE + self.rows * 16
-            self._taken = whole[_TAKEN_AT : _TAKEN_AT + 4].cast("I")
+            self._taken = whole[_TAKEN_AT : _TAKEN_AT + 12].cast("I")
             self._keys = whole[_PAGE:times_at].cast("Q")
             self._times = whole[times_at : self._columns_at].cast("q")
             self._counts = whole[self._columns_at :].cast("I")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
@@ -70,7 +71,7 @@ def test_a_file_that_cannot_be_used_is_begun_anew(
     elif what == "long":
         os.truncate(file, len(data) + 1)
     elif what == "version":
-        monkeypatch.setattr(shared_counts, "_VERSION", 2)
+        monkeypatch.setattr(shared_counts, "_VERSION", shared_counts._VERSION + 1)
     elif what == "seats":
         with file.open("r+b") as handle:
             handle.seek(shared_counts._TAKEN_AT)
@@ -292,3 +293,61 @@ def test_processes_killed_at_any_moment_leave_a_table_that_counts_right(file: Pa
         taken += 1
     assert told.remaining <= taken <= told.remaining + (time.monotonic_ns() - looked) // 10**9 + 1
     here.close()
+
+
+def _is_free(table: SharedCounts) -> bool:
+    """Whether another handle could have the flock now."""
+    handle = os.open(table.file, os.O_RDWR)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def test_who_is_alone_needs_no_flock_until_somebody_comes(table: Callable[[], SharedCounts]) -> None:
+    first = table()
+    first.lock()
+    assert _is_free(first)
+    first.unlock()
+    second = table()
+    for each in (first, second):
+        each.lock()
+        assert not _is_free(first)
+        each.unlock()
+
+
+def test_a_newcomer_waits_for_who_is_in_there(table: Callable[[], SharedCounts]) -> None:
+    first = table()
+    first.lock()
+    came: list[SharedCounts] = []
+    coming = threading.Thread(target=lambda: came.append(table()))
+    coming.start()
+    coming.join(0.1)
+    assert not came
+    first.unlock()
+    coming.join(5)
+    assert len(came) == 1
+
+
+def test_a_newcomer_does_not_wait_for_the_dead(table: Callable[[], SharedCounts], file: Path) -> None:
+    dead = SharedCounts(file, rows=16, seats=3)
+    dead.lock()
+    dead.abandon()
+    began = time.monotonic()
+    table()
+    assert time.monotonic() - began < shared_counts._OUT_S
+
+
+def test_who_is_left_alone_notices(table: Callable[[], SharedCounts], file: Path) -> None:
+    first = table()
+    SharedCounts(file, rows=16, seats=3).close()
+    first.lock()
+    assert not _is_free(first)
+    first.unlock()
+    first.look_around()
+    first.lock()
+    assert _is_free(first)
+    first.unlock()
