@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 from engine.errors import ApiError
@@ -35,6 +36,52 @@ ANONYMOUS = Caller(
 _NO_LIMIT = PlanSpec()
 #: The unit of rows under no plan, which cost nothing.
 _FREE_UNIT = "credits"
+_DAY_MS = 86_400_000
+#: Callers whose standing is kept.
+_MOST_STANDINGS = 100_000
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a plan means for one caller on one day: worked out once, not for each request."""
+
+    caller: Caller
+    #: From when to when it holds, Unix milliseconds.
+    since: int
+    until: int
+    period: str
+    #: The day's requests, the period's included ones and its budget; None where the plan has none.
+    day: Account | None
+    included: Account | None
+    budget: Account | None
+    unit: str
+    #: Lines of every answer.
+    unit_line: Headers
+
+
+def standing_of(caller: Caller, now_ms: int) -> Standing:
+    """The caller's accounts at a moment."""
+    spec, subject = _spec(caller), caller.subject
+    today, period = period_name("day", now_ms), period_name(spec.period, now_ms)
+    until = period_end_ms(today)
+    budget = None
+    if spec.budget is not None:
+        name = f"{subject}#requests" if spec.budget.of == "requests" else subject
+        budget = Account(name, period, spec.budget.limit, hard=spec.budget.hard)
+    plan = caller.plan
+    return Standing(
+        caller=caller,
+        since=until - _DAY_MS,
+        until=until,
+        period=period,
+        day=None
+        if spec.requests_per_day is None
+        else Account(f"{subject}#day", today, spec.requests_per_day),
+        included=Account(f"{subject}#included", period, spec.included) if spec.included else None,
+        budget=budget,
+        unit=_FREE_UNIT if plan is None else plan.charged_in,
+        unit_line=[] if plan is None else [(b"x-hearth-charge-unit", plan.charged_in.encode())],
+    )
 
 
 class Meter:
@@ -44,6 +91,8 @@ class Meter:
         self._books = books
         self._limits = limits
         self._now_ms = now_ms
+        #: By key: dropped as a whole when there are many, so that those of old keys do not stay.
+        self._standings: dict[str, Standing] = {}
 
     async def admit(
         self,
@@ -70,10 +119,9 @@ class Meter:
                 retry makes sense; 503 `ledger_unavailable` while a request could not be recorded, or
                 `budget_unavailable` while nobody can say what is left of a budget.
         """
-        plan = caller.plan
-        spec = plan.spec if plan is not None else _NO_LIMIT
         now = self._now_ms()
-        subject = caller.subject
+        standing = self._standing(caller, now)
+        spec, subject = _spec(caller), caller.subject
         admitted = self._within_rate(subject, spec)
         leave = _nothing if spec.concurrent is None else partial(self._limits.leave, subject)
         reserved = False
@@ -82,8 +130,8 @@ class Meter:
             self._reserve()
             reserved = True
             price, included = list_price(spec, route.id, route.category), False
-            if charged and plan is not None:
-                included = await self._take(caller, plan, route, now, taken)
+            if charged and caller.plan is not None:
+                included = await self._take(standing, caller.plan, price, now, taken)
             price = 0 if included or not charged else price
         except BaseException:
             if reserved:
@@ -96,20 +144,20 @@ class Meter:
             request_id=request_id,
             key_id=caller.key.id,
             tenant_id=caller.tenant.id,
-            plan_id=None if plan is None else plan.id,
+            plan_id=None if caller.plan is None else caller.plan.id,
             model=route.id,
             category=route.category,
             charge=price,
-            unit=_FREE_UNIT if plan is None else plan.charged_in,
+            unit=standing.unit,
             included=included,
             at=now,
-            period=period_name(spec.period, now),
+            period=standing.period,
         )
         return Ticket(
             books=self._books,
             terms=terms,
             taken=taken,
-            describe=partial(self._lines, caller, now, price, admitted),
+            describe=partial(self._lines, standing, now, price, admitted),
             on_end=leave,
             charged=charged,
             attempt=attempt,
@@ -119,9 +167,17 @@ class Meter:
 
     def headers(self, caller: Caller, status: int) -> Headers:
         """The lines of an answer that no ticket was drawn for: it cost nothing."""
-        spec = caller.plan.spec if caller.plan is not None else _NO_LIMIT
-        standing = self._limits.look(caller.subject, per_minute=spec.requests_per_minute)
-        return self._lines(caller, self._now_ms(), 0, standing, False)
+        now = self._now_ms()
+        rate = self._limits.look(caller.subject, per_minute=_spec(caller).requests_per_minute)
+        return self._lines(self._standing(caller, now), now, 0, rate, False)
+
+    def _standing(self, caller: Caller, now: int) -> Standing:
+        found = self._standings.get(caller.key.id)
+        if found is None or found.caller is not caller or not found.since <= now < found.until:
+            if len(self._standings) >= _MOST_STANDINGS:
+                self._standings.clear()
+            found = self._standings[caller.key.id] = standing_of(caller, now)
+        return found
 
     def _within_rate(self, subject: str, spec: PlanSpec) -> Admitted | None:
         """Counts the request among those of the minute and those at once.
@@ -155,33 +211,24 @@ class Meter:
             raise unavailable() from error
 
     async def _take(
-        self,
-        caller: Caller,
-        plan: Plan,
-        route: ModelRoute,
-        now: int,
-        taken: list[tuple[Account, int]],
+        self, standing: Standing, plan: Plan, price: int, now: int, taken: list[tuple[Account, int]]
     ) -> bool:
         """Takes the request's cost of the plan's accounts; whether it is one of those included.
 
         What was taken is in `taken` at once, so that a failure in mid-way gives it back.
         """
-        spec, subject = plan.spec, caller.subject
-        day = account_of_day(subject, spec, now)
+        spec, day, budget = plan.spec, standing.day, standing.budget
         if day is not None and not await self._had(day, 1, taken):
             raise limited(
                 f"The plan allows {spec.requests_per_day} requests a day, and they are used. "
                 "The next day begins at 00:00 UTC.",
                 "rate_limit_exceeded",
-                (period_end_ms(day.period) - now) / 1000,
+                (standing.until - now) / 1000,
             )
-        free = account_of_included(subject, spec, now)
-        included = free is not None and await self._had(free, 1, taken)
-        budget = account_of_budget(subject, spec, now)
+        included = standing.included is not None and await self._had(standing.included, 1, taken)
         if budget is None or spec.budget is None:
             return included
-        price = 0 if included else list_price(spec, route.id, route.category)
-        cost = 1 if spec.budget.of == "requests" else price
+        cost = 1 if spec.budget.of == "requests" else 0 if included else price
         if cost and not await self._had(budget, cost, taken) and spec.budget.hard:
             whole = (
                 f"{spec.budget.limit} requests"
@@ -220,26 +267,21 @@ class Meter:
         taken.append((account, cost))
         return True
 
-    def _lines(self, caller: Caller, now: int, charge: int, rate: Admitted | None, answered: bool) -> Headers:
+    def _lines(
+        self, standing: Standing, now: int, charge: int, rate: Admitted | None, answered: bool
+    ) -> Headers:
         """The lines about limits and charge."""
-        lines: Headers = [(b"x-hearth-charge", b"%d" % (charge if answered else 0))]
-        plan = caller.plan
-        if plan is None:
-            return lines
-        spec, subject, wallet = plan.spec, caller.subject, self._books.wallet
-        lines.append((b"x-hearth-charge-unit", plan.charged_in.encode()))
-        budget = account_of_budget(subject, spec, now)
-        if budget is not None:
-            lines.append((b"x-hearth-budget-remaining", b"%d" % wallet.remaining(budget)))
+        lines: Headers = [(b"x-hearth-charge", b"%d" % (charge if answered else 0)), *standing.unit_line]
+        wallet, day = self._books.wallet, standing.day
+        if standing.budget is not None:
+            lines.append((b"x-hearth-budget-remaining", b"%d" % wallet.remaining(standing.budget)))
         limit = remaining = reset_s = None
         if rate is not None and rate.limit is not None:
             limit, remaining, reset_s = rate.limit, rate.remaining, rate.reset_s
-        day = account_of_day(subject, spec, now)
         if day is not None:
             left = max(0, wallet.remaining(day))
             if remaining is None or left < remaining:
-                limit, remaining = day.limit, left
-                reset_s = (period_end_ms(day.period) - now) / 1000
+                limit, remaining, reset_s = day.limit, left, (standing.until - now) / 1000
         if limit is not None and remaining is not None and reset_s is not None:
             lines += [
                 (b"x-ratelimit-limit-requests", b"%d" % limit),
@@ -247,28 +289,6 @@ class Meter:
                 (b"x-ratelimit-reset-requests", duration(reset_s).encode()),
             ]
         return lines
-
-
-def account_of_day(subject: str, spec: PlanSpec, now_ms: int) -> Account | None:
-    """Requests of the present day; None where the plan has no limit."""
-    if spec.requests_per_day is None:
-        return None
-    return Account(f"{subject}#day", period_name("day", now_ms), spec.requests_per_day)
-
-
-def account_of_included(subject: str, spec: PlanSpec, now_ms: int) -> Account | None:
-    """The period's requests that cost nothing; None where the plan has none."""
-    if not spec.included:
-        return None
-    return Account(f"{subject}#included", period_name(spec.period, now_ms), spec.included)
-
-
-def account_of_budget(subject: str, spec: PlanSpec, now_ms: int) -> Account | None:
-    """The period's budget; None where the plan has none."""
-    if spec.budget is None:
-        return None
-    name = f"{subject}#requests" if spec.budget.of == "requests" else subject
-    return Account(name, period_name(spec.period, now_ms), spec.budget.limit, hard=spec.budget.hard)
 
 
 def limited(message: str, code: str, retry_after_s: float) -> ApiError:
@@ -296,6 +316,10 @@ def duration(seconds: float) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{max(seconds, 0.001):.3g} s"
+
+
+def _spec(caller: Caller) -> PlanSpec:
+    return _NO_LIMIT if caller.plan is None else caller.plan.spec
 
 
 def _nothing() -> None:

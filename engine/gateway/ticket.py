@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from engine.errors import ApiError
 from engine.gateway.tokens import NONE, Tokens
 from engine.metering.books import Books
@@ -31,8 +33,7 @@ class Attempt(Protocol):
         """It was not answered: a retry is a new request."""
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(msgspec.Struct, frozen=True, gc=False):
     """What is written of a request if it is answered."""
 
     request_id: str
@@ -48,7 +49,7 @@ class Terms:
     period: str
 
 
-@dataclass
+@dataclass(slots=True)
 class Ticket:
     """What `Meter.admit` gives; `settle` or `release` ends it, whichever comes first."""
 

@@ -288,9 +288,10 @@ async def test_a_retry_while_the_first_is_answered_and_after_it_failed(
     await asyncio.gather(first, return_exceptions=True)
     await until(lambda: runner.cancelled == 1)
     runner.behaviour = "echo"
-    async with asyncio.timeout(3):
-        while (await house.post(PATH, CHAT, headers=given))[0] == 409:
-            await asyncio.sleep(0.01)
+    for _ in range(300):
+        if (await house.post(PATH, CHAT, headers=given))[0] != 409:
+            break
+        await asyncio.sleep(0.01)
     assert len(await rows(house)) == 1
 
 
@@ -319,8 +320,9 @@ async def test_a_full_journal_refuses_new_requests(short: Any, tmp_path: Any, ru
         # What a thousand requests in hand would take.
         held = 0
         with pytest.raises(JournalFullError):
-            for held in range(1000):
+            while held < 1000:
                 books.writer.reserve()
+                held += 1
         status, body, headers = await house.post(PATH, CHAT)
         assert (status, body["error"]["code"]) == (503, "ledger_unavailable")
         assert headers["retry-after"] == "5"
