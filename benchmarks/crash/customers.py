@@ -22,6 +22,8 @@ class Operation:
     answers: list[tuple[str, int | None]] = field(default_factory=list)
     #: Digests of whole answers that were not streamed.
     digests: set[str] = field(default_factory=set)
+    #: Tries without a whole answer.
+    cut: int = 0
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Customer:
     def note_try(self, operation: str, found: Outcome, *, stream: bool) -> None:
         self._count(found)
         book = self.operations.setdefault(operation, Operation())
+        book.cut += found.sent and not found.whole
         if found.answered:
             book.answers.append((found.request_id, found.charge))
             if not stream:

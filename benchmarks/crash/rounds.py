@@ -167,7 +167,8 @@ class Run:
         limited = [each for each in customers if each.most is not None and not each.retries]
         await self._use_up(limited)
         await self._settled(books)
-        figures.take(await audit(books, customers, figures.faults))
+        kept = not figures.killed["database"]
+        figures.take(await audit(books, customers, figures.faults, kept=kept))
         for customer in limited:
             await audit_rest(books, customer, figures.faults)
         for house in self._houses:
