@@ -1,9 +1,11 @@
 """`python -m benchmarks.gateway`: what the gateway's hop costs.
 
-A mock runner answers on a Unix socket; the same client drives it directly (the bound) and through a gateway
-process with its default settings (keys checked, access log written). The gateway has one core to itself; the
-client and mock runner share the others. Each number is the median of several runs, direct and through it in
-turns.
+A mock runner answers on a Unix socket; the same client drives it directly (the bound), through a *bare*
+gateway process (no keys, no limits, no fairness, no ledger) and through a *metered* one: a key under a plan
+with every kind of limit, fair queueing, and the SQLite ledger, each row on the disk before its answer's
+last byte. Both write the access log. A gateway has one core to itself; the client and mock runner share the
+others. Each number is the median of several runs, the three in turns. What metering costs is the metered
+one against the bare one.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import statistics
@@ -35,8 +38,9 @@ from rich.table import Table
 from benchmarks._http import Load, Responder, drive, request
 from benchmarks._measure import cpu_seconds, machine, write_result
 from engine.config import ROOT, Config, load
-from engine.metering import keys
+from engine.metering import keys, planstore
 from engine.metering.opening import opened
+from engine.metering.plans import read_spec
 from engine.routes import ModelRoute, Replica, RouteTable
 
 MODEL = "mock"
@@ -125,14 +129,34 @@ def mock_runner(path: Path, on: set[int]) -> Iterator[int]:
         process.join(10)
 
 
+#: Everything off that a request costs beside being passed on.
+BARE: dict[str, Any] = {"auth": False, "metering": {"enabled": False}, "fairness": {"enabled": False}}
+#: Limits of every kind, none of which is reached.
+PLAN = {
+    "price": 2,
+    "included": 1000,
+    "budget": {"limit": 10**9},
+    "requests_per_minute": 10**7,
+    "requests_per_day": 10**9,
+    "concurrent": 1000,
+}
+
+
 @contextmanager
-def gateway(folder: Path, runner: Path, on: set[int]) -> Iterator[tuple[tuple[str, int], int]]:
+def gateway(
+    folder: Path, runner: Path, on: set[int], **settings: Any
+) -> Iterator[tuple[tuple[str, int], int]]:
     """A gateway process with one model in its table; its address and process id."""
-    config = load(state_dir=folder)
+    folder.mkdir(exist_ok=True)
+    config = load(state_dir=folder, **settings)
     config.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     asyncio.run(_make_key(config))
     route = ModelRoute(
-        id=MODEL, category="chat", state="ready", replicas=[Replica(id="mock-0", socket=str(runner))]
+        id=MODEL,
+        category="chat",
+        state="ready",
+        max_batch=256,
+        replicas=[Replica(id="mock-0", socket=str(runner))],
     )
     config.routes_file.write_text(RouteTable(version=1, models=[route]).model_dump_json())
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
@@ -155,12 +179,13 @@ def gateway(folder: Path, runner: Path, on: set[int]) -> Iterator[tuple[tuple[st
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
-        config.runtime_dir.rmdir()
+        shutil.rmtree(config.runtime_dir, ignore_errors=True)
 
 
 async def _make_key(config: Config) -> None:
     async with opened(config) as database:
-        await keys.create(database, key=KEY)
+        await planstore.create(database, "bench", read_spec(PLAN), unit="minor", currency="EUR")
+        await keys.create(database, key=KEY, plan="bench")
 
 
 def _settings(config: Config, folder: Path) -> Path:
@@ -224,9 +249,15 @@ def show(result: dict[str, Any], console: Console) -> None:
                 f"{row['p99_ms']:.2f}",
                 "" if where == "direct" else f"{added:.2f}",
                 f"{row['server_cpu_ms']:.3f}",
-                end_section=where != "direct",
+                end_section=where == "metered",
             )
     console.print(table)
+    for name, rows in result["cases"].items():
+        bare, metered = rows["bare"], rows["metered"]
+        console.print(
+            f"{name}: metering leaves {metered['per_second'] / bare['per_second']:.2f} of the requests per "
+            f"second and adds {metered['p50_ms'] - bare['p50_ms']:.2f} ms to the p50."
+        )
 
 
 def main() -> int:
@@ -244,8 +275,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hearth-bench-") as name:
         folder = Path(name)
         runner = folder / "runner.sock"
-        with mock_runner(runner, others) as runner_pid, gateway(folder, runner, own) as (address, pid):
-            targets: dict[str, Target] = {"direct": (runner, runner_pid), "gateway": (address, pid)}
+        with (
+            mock_runner(runner, others) as runner_pid,
+            gateway(folder / "bare", runner, own, **BARE) as (bare, bare_pid),
+            gateway(folder / "metered", runner, own) as (metered, metered_pid),
+        ):
+            targets: dict[str, Target] = {
+                "direct": (runner, runner_pid),
+                "bare": (bare, bare_pid),
+                "metered": (metered, metered_pid),
+            }
             measured = {case.name: measure(case, targets, given.runs) for case in cases(given.seconds)}
     result = {"machine": before, "runs": given.runs, "seconds": given.seconds, "cases": measured}
     show(result, console)

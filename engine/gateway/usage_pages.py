@@ -1,6 +1,6 @@
 """`GET /v1/usage` for the caller and `/admin/v1/usage` for administrators.
 
-Both read the database, where a worker's rows arrive within about 0.1 s of their answers; `settle` brings this
+Both read the database, where a worker's rows arrive within about 0.3 s of their answers; `settle` brings this
 worker's own there first, so that a caller finds its last request in the sums.
 """
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-#: Requests that one block holds at most: at a thousand requests a second, a lease a second.
-_MOST_BLOCK = 1024
+#: Requests that one block holds at most: at four thousand requests a second, a lease a second.
+_MOST_BLOCK = 4096
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class LedgerWriter:
         worker: str,
         tally: Tally | None = None,
         write_through: bool = False,
-        fold_s: float = 0.1,
+        fold_s: float = 0.25,
         retry_s: float = 0.5,
         patience_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
