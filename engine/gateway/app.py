@@ -81,6 +81,8 @@ _STOPPING = ApiError(
 
 #: After a request's time is up, how long its Idempotency-Key counts as in use, seconds.
 _CLAIM_GRACE_S = 60.0
+#: Pause between two looks at how the ledger stands, seconds.
+_LEDGER_LOOK_S = 1.0
 
 
 class Gateway:
@@ -111,6 +113,7 @@ class Gateway:
         self._limits: Limits | None = None
         self._meter: Meter | None = None
         self._retries: Retries | None = None
+        self._ledger_watch: asyncio.Task[None] | None = None
         self._pages = make_pages(
             self.directory,
             self.metrics,
@@ -157,6 +160,10 @@ class Gateway:
         await self._control.close()
         await self._pictures.close()
         await self.directory.close()
+        if self._ledger_watch is not None:
+            self._ledger_watch.cancel()
+        if self._retries is not None:
+            await self._retries.close()
         if self.books is not None:
             await self.books.close()
         if self._limits is not None:
@@ -178,6 +185,13 @@ class Gateway:
         store = Idempotency(self.database, self.books.worker, folder=self.books.folder, stale_s=stale_s)
         self._retries = Retries(store)
         self._housekeeping.also(store.purge)
+        self._ledger_watch = asyncio.create_task(self._watch_ledger(self.books))
+
+    async def _watch_ledger(self, books: Books) -> None:
+        """Has `/metrics` tell how the ledger stands."""
+        while True:
+            self.metrics.ledger(books.writer.backlog, away=books.writer.away)
+            await asyncio.sleep(_LEDGER_LOOK_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -101,6 +101,18 @@ class GatewayMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self._backlog = Gauge(
+            "hearth_ledger_backlog_rows",
+            "Answered requests that are in the local journal and not yet in the database.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self._away = Gauge(
+            "hearth_ledger_database_away",
+            "Workers whose ledger does not reach its database now.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
         # Looking children up by their labels costs more than counting does.
         self._times: dict[tuple[str, str], tuple[Histogram, Histogram]] = {}
         self._counts: dict[tuple[str, str, int], Counter] = {}
@@ -131,6 +143,11 @@ class GatewayMetrics:
 
     def lost(self, model: str) -> None:
         self._lost.labels(model).inc()
+
+    def ledger(self, backlog: int, *, away: bool) -> None:
+        """How this worker's ledger stands, looked at now and then."""
+        self._backlog.set(backlog)
+        self._away.set(away)
 
     def observe(self, exchange: Exchange, status: int) -> None:
         """Counts one finished request."""

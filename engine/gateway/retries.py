@@ -42,6 +42,10 @@ class Retries:
     def __init__(self, store: Idempotency) -> None:
         self._store = store
 
+    async def close(self) -> None:
+        """Says to the database what it has not been told yet."""
+        await self._store.close()
+
     async def claim(
         self, exchange: Exchange, key_id: str, path: str, body: bytes, request_id: str
     ) -> Attempt | Recorded | None:

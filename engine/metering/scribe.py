@@ -46,8 +46,8 @@ class _Decided(NamedTuple):
 Written = Callable[[Sequence[Entry], int, JournalError | None], None]
 _Job = list[Entry] | _Drop | _Decided | None
 
-#: A batch waits this long, seconds, while more requests than these are under way.
-_GATHER_S, _SIBLINGS = 0.002, 8
+#: While more requests than these are under way a batch waits so long for each of them, and at most, seconds.
+_SIBLINGS, _GATHER_S, _MOST_GATHER_S = 8, 0.0001, 0.005
 #: A disk is quick while its writes take less than this on average, seconds; the last one counts an eighth.
 #: What a disk is thought to take before its first write, or after one failed.
 _QUICK_S, _WEIGHT, _UNKNOWN_S = 0.0005, 0.125, 0.01
@@ -86,7 +86,7 @@ class Scribe:
             self._written(entries, end, error)
         elif under_way > _SIBLINGS:
             self._gathering = True
-            self._loop.call_later(_GATHER_S, self._hand_over)
+            self._loop.call_later(min(under_way * _GATHER_S, _MOST_GATHER_S), self._hand_over)
         else:
             self._hand_over()
 

@@ -362,3 +362,9 @@ async def test_the_callers_own_usage_has_its_last_request(house: House) -> None:
     assert status == 200
     assert json.loads(text)["total"]["requests"] == 1
     assert json.loads(text)["total"]["charge"] == 7
+
+
+async def test_the_metrics_tell_how_the_ledger_stands(house: House) -> None:
+    _, text, _ = await house.get("/metrics")
+    assert "hearth_ledger_backlog_rows 0.0" in text
+    assert "hearth_ledger_database_away 0.0" in text
