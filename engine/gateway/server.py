@@ -106,6 +106,12 @@ class Server(uvicorn.Server):
         _settle_memory()
         super().run(sockets)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        # What the application has loaded by now stays as well: database, migrations, plans and keys.
+        gc.collect()
+        gc.freeze()
+
 
 def make_server(config: Config, gateway: Gateway) -> uvicorn.Server:
     """A server that has yet to be given its listening socket (`run(sockets=[…])`)."""
