@@ -31,6 +31,8 @@ format: setup ## Rewrite the code in the house style
 bench: setup ## Every benchmark that runs on this machine; results in benchmarks/results/
 	@$(BIN)/python -m benchmarks.startup
 	@$(BIN)/python -m benchmarks.gateway
+	@$(BIN)/python -m benchmarks.fairness
+	@$(BIN)/python -m benchmarks.ledger_crash --rounds 120
 	@$(BIN)/python -m benchmarks.sleep
 	@$(BIN)/python -m benchmarks.moe
 	@$(BIN)/python -m benchmarks.eplb

@@ -22,6 +22,7 @@ from engine.gateway.accesslog import log_request
 from engine.gateway.admin import make_admin
 from engine.gateway.auth import authenticate, check_admin, check_allowed
 from engine.gateway.body import check_json_type, json_head, read_body
+from engine.gateway.charging import Charging
 from engine.gateway.content import refuse_pictures
 from engine.gateway.context import PATHS as COUNTED
 from engine.gateway.context import check_context
@@ -35,12 +36,10 @@ from engine.gateway.forward import Forwarder
 from engine.gateway.guard import WhileClientWaits
 from engine.gateway.images import ImageFetcher
 from engine.gateway.images_body import Endpoint as PicturesOf
-from engine.gateway.meter import ANONYMOUS, Meter
 from engine.gateway.metrics import GatewayMetrics
 from engine.gateway.multipart import is_multipart, multipart_head
 from engine.gateway.origin import Origins
 from engine.gateway.pages import make_pages, wrong_method
-from engine.gateway.retries import Retries
 from engine.gateway.routing import Directory
 from engine.gateway.upstream import Upstream
 from engine.gateway.usage import UsageReporter
@@ -50,9 +49,7 @@ from engine.gateway.watch import RouteWatch
 from engine.metering.books import Books
 from engine.metering.database import Database, DatabaseAwayError, DatabaseError, url_of
 from engine.metering.housekeeping import Housekeeping
-from engine.metering.idempotency import Idempotency, Recorded
 from engine.metering.keyring import KeyRing
-from engine.metering.limits import Limits
 from engine.metering.lookup import AccessError
 from engine.metering.opening import prepare
 from engine.routes import ModelRoute
@@ -79,11 +76,6 @@ _STOPPING = ApiError(
     headers={"retry-after": "5"},
 )
 
-#: After a request's time is up, how long its Idempotency-Key counts as in use, seconds.
-_CLAIM_GRACE_S = 60.0
-#: Pause between two looks at how the ledger stands, seconds.
-_LEDGER_LOOK_S = 1.0
-
 
 class Gateway:
     """An ASGI application; one per gateway process."""
@@ -108,12 +100,8 @@ class Gateway:
         self._housekeeping = Housekeeping(
             self.database, config.ledger_dir, keep_months=config.metering.keep_months
         )
-        #: The ledger's side of this process, from `start` on; None while metering is off.
-        self.books: Books | None = None
-        self._limits: Limits | None = None
-        self._meter: Meter | None = None
-        self._retries: Retries | None = None
-        self._ledger_watch: asyncio.Task[None] | None = None
+        #: From `start` on; None while metering is off.
+        self._charging: Charging | None = None
         self._pages = make_pages(
             self.directory,
             self.metrics,
@@ -145,7 +133,9 @@ class Gateway:
             log.error("%s", error)
         await self.ring.start()
         if self._config.metering.enabled:
-            await self._open_books()
+            self._charging = await Charging.open(
+                self._config, self.database, self._housekeeping, self.metrics, self.ring.now_ms
+            )
         await self._pictures.start()
         await self._control.start()
         await self._usage.start()
@@ -160,38 +150,20 @@ class Gateway:
         await self._control.close()
         await self._pictures.close()
         await self.directory.close()
-        if self._ledger_watch is not None:
-            self._ledger_watch.cancel()
-        if self._retries is not None:
-            await self._retries.close()
-        if self.books is not None:
-            await self.books.close()
-        if self._limits is not None:
-            self._limits.close()
+        if self._charging is not None:
+            await self._charging.close()
         await self.ring.close()
         await self.database.close()
 
+    @property
+    def books(self) -> Books | None:
+        """The ledger's side of this process, from `start` on; None while metering is off."""
+        return None if self._charging is None else self._charging.books
+
     async def _settled(self) -> None:
         """Brings this worker's rows into the database, so that a caller finds its last request there."""
-        if self.books is not None:
-            await self.books.flush()
-
-    async def _open_books(self) -> None:
-        """Begins to record requests and to hold callers to their plans."""
-        self.books = await Books.open(self._config, self.database)
-        self._limits = Limits(self._config.runtime_dir / "limits")
-        self._meter = Meter(self.books, self._limits, now_ms=self.ring.now_ms)
-        stale_s = self._config.gateway.request_timeout_s + _CLAIM_GRACE_S
-        store = Idempotency(self.database, self.books.worker, folder=self.books.folder, stale_s=stale_s)
-        self._retries = Retries(store)
-        self._housekeeping.also(store.purge)
-        self._ledger_watch = asyncio.create_task(self._watch_ledger(self.books))
-
-    async def _watch_ledger(self, books: Books) -> None:
-        """Has `/metrics` tell how the ledger stands."""
-        while True:
-            self.metrics.ledger(books.writer.backlog, away=books.writer.away)
-            await asyncio.sleep(_LEDGER_LOOK_S)
+        if self._charging is not None:
+            await self._charging.books.flush()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -269,8 +241,8 @@ class Gateway:
             given = exchange.headers.get(b"authorization")
             caller = authenticate(self.ring, given, origin.address)
             exchange.caller, exchange.key_id = caller, caller.key.id
-            if self._meter is not None:
-                exchange.standing = partial(self._meter.headers, caller)
+            if self._charging is not None:
+                exchange.standing = partial(self._charging.headers, caller)
             if admin:
                 check_admin(caller)
         if endpoint is None:
@@ -302,7 +274,9 @@ class Gateway:
         try:
             async with WhileClientWaits(receive, exchange):
                 await self._check_context(exchange, served.route, endpoint, body)
-                if self._meter is not None and not await self._admitted(exchange, send, served.route, body):
+                if self._charging is not None and not await self._charging.admitted(
+                    exchange, send, served.route, body
+                ):
                     return
                 if pictures is not None:
                     # Before they are fetched: a request that has to wait for its model does so without them.
@@ -326,7 +300,7 @@ class Gateway:
         Raises:
             ApiError: 400 `context_length_exceeded`.
         """
-        plan = exchange.caller.plan if exchange.caller is not None and self._meter is not None else None
+        plan = exchange.caller.plan if exchange.caller is not None and self._charging is not None else None
         if plan is None or plan.spec.max_context is None or endpoint.path not in COUNTED:
             return
         served = await self._waking.until_ready(exchange, route.id)
@@ -335,45 +309,8 @@ class Gateway:
         if replicas:
             await check_context(body, plan.spec.max_context, route.id, replicas[0])
 
-    async def _admitted(self, exchange: Exchange, send: Send, route: ModelRoute, body: bytes) -> bool:
-        """Draws the request's ticket; False: it has been answered from the record of an earlier try.
-
-        Raises:
-            ApiError: the caller's plan does not allow it now, or nobody can say.
-        """
-        assert self._meter is not None
-        assert self._retries is not None
-        caller = exchange.caller or ANONYMOUS
-        path: str = exchange.scope["path"]
-        attempt = await self._retries.claim(exchange, caller.key.id, path, body, exchange.own_id)
-        if isinstance(attempt, Recorded):
-            await _replay(send, attempt)
-            return False
-        try:
-            exchange.ticket = await self._meter.admit(
-                exchange,
-                caller,
-                route,
-                request_id=exchange.own_id if attempt is None else attempt.request_id,
-                attempt=attempt,
-                charged=attempt is None or not attempt.charged_before,
-            )
-        except BaseException:
-            if attempt is not None:
-                await attempt.drop()
-            raise
-        exchange.standing = exchange.ticket.headers
-        return True
-
     def _make_upstream(self, id: str, address: str) -> Upstream:
         return Upstream(id, address, connect_timeout_s=self._config.gateway.connect_timeout_s)
-
-
-async def _replay(send: Send, kept: Recorded) -> None:
-    """The answer of an earlier try; nothing is charged for it again."""
-    headers = [*kept.headers, (b"content-length", b"%d" % len(kept.body)), (b"x-hearth-replayed", b"true")]
-    await send({"type": "http.response.start", "status": kept.status, "headers": headers})
-    await send({"type": "http.response.body", "body": kept.body})
 
 
 def _rewritten(body: bytes, endpoint: Endpoint, route: ModelRoute) -> bytes:
