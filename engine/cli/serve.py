@@ -19,7 +19,7 @@ from engine.cli.examples import curl_lines
 from engine.cli.profile import chosen_profile
 from engine.config import Config
 from engine.metering import keys, tenants
-from engine.metering.database import DatabaseError
+from engine.metering.database import DatabaseAwayError, DatabaseError
 from engine.metering.lookup import AccessError, hint
 from engine.metering.opening import opened
 from engine.scheduler.changes import Reloaded
@@ -44,8 +44,8 @@ def serve(config: Config, *, plain: bool = False, read: Callable[[], Config] | N
     _log_to_file(config)
     try:
         profile = chosen_profile(config)
-        shown_key = asyncio.run(first_key(config))
-        for warning in asyncio.run(unknown_owners(config)) if config.dedicated else ():
+        shown_key, warnings = asyncio.run(look_into_database(config))
+        for warning in warnings:
             console.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
         scheduler = Scheduler(config, profile, load_catalog(), read=read and (lambda: _read_anew(read)))
         live = console.is_terminal and not plain
@@ -73,6 +73,25 @@ def _log_to_file(config: Config) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         handlers=[file, terminal],
     )
+
+
+async def look_into_database(config: Config) -> tuple[str | None, list[str]]:
+    """The key to show and what a person should know, also where the database is away for now.
+
+    Raises:
+        AccessError: the configured key cannot be one or was revoked, or an old keys.json cannot be read.
+        DatabaseError: the database cannot be used, or is away at the first start: nobody would have a key.
+    """
+    try:
+        return await first_key(config), await unknown_owners(config) if config.dedicated else []
+    except DatabaseAwayError as error:
+        if not config.keys_snapshot.exists():
+            raise
+        given = config.api_key.get_secret_value() if config.api_key is not None else None
+        return given, [
+            f"{error} Serving begins with the keys that were known before; requests are recorded in the "
+            "local journal until the database is back."
+        ]
 
 
 async def first_key(config: Config) -> str | None:

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from engine.cli import doctor, tables
 from engine.cli.app import app
 from engine.cli.examples import curl_lines
-from engine.cli.serve import Screen, first_key
+from engine.cli.serve import Screen, first_key, look_into_database
 from engine.config import Config
+from engine.metering.database import DatabaseAwayError
 from engine.metering.keys import digest_of, list_keys, revoke
 from engine.metering.lookup import AccessError
 from engine.metering.opening import opened
@@ -121,6 +122,16 @@ async def test_the_first_key(tmp_path: Path) -> None:
         await revoke(database, "my-own-key")
     with pytest.raises(AccessError, match="is revoked"):
         await first_key(given)
+
+
+async def test_serving_begins_while_the_database_is_away_if_keys_are_known(tmp_path: Path) -> None:
+    away = Config(state_dir=tmp_path, metering={"database_url": "postgresql://nobody@127.0.0.1:9/nothing"})
+    with pytest.raises(DatabaseAwayError):
+        await look_into_database(away)
+    away.keys_snapshot.write_text("{}")
+    key, (told,) = await look_into_database(away)
+    assert key is None
+    assert "the keys that were known before" in told
 
 
 @pytest.mark.parametrize(
