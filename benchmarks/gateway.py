@@ -222,7 +222,7 @@ def measure(case: Case, targets: dict[str, Target], runs: int) -> dict[str, dict
             load = uvloop.run(work)
             loads[name].append(load)
             spent[name].append(1000 * (cpu_seconds([pid])[pid] - before) / len(load.latencies))
-    return {
+    found = {
         name: {
             "per_second": round(statistics.median(load.per_second for load in found), 1),
             "p50_ms": round(statistics.median(load.percentile_ms(0.50) for load in found), 3),
@@ -231,6 +231,15 @@ def measure(case: Case, targets: dict[str, Target], runs: int) -> dict[str, dict
         }
         for name, found in loads.items()
     }
+    # Of runs that followed each other: a machine that is slow for a while is so for both.
+    pairs = list(zip(loads["bare"], loads["metered"], strict=True))
+    found["paired"] = {
+        "share": round(statistics.median(b.per_second / a.per_second for a, b in pairs), 3),
+        "added_ms": round(
+            statistics.median(b.percentile_ms(0.5) - a.percentile_ms(0.5) for a, b in pairs), 3
+        ),
+    }
+    return found
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -240,6 +249,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         table.add_column(name, justify="left" if name in ("load", "") else "right")
     for name, rows in result["cases"].items():
         for where, row in rows.items():
+            if where == "paired":
+                continue
             added = row["p50_ms"] - rows["direct"]["p50_ms"]
             table.add_row(
                 name if where == "direct" else "",
@@ -253,10 +264,10 @@ def show(result: dict[str, Any], console: Console) -> None:
             )
     console.print(table)
     for name, rows in result["cases"].items():
-        bare, metered = rows["bare"], rows["metered"]
+        paired = rows["paired"]
         console.print(
-            f"{name}: metering leaves {metered['per_second'] / bare['per_second']:.2f} of the requests per "
-            f"second and adds {metered['p50_ms'] - bare['p50_ms']:.2f} ms to the p50."
+            f"{name}: metering leaves {paired['share']:.2f} of the requests per second and adds "
+            f"{paired['added_ms']:.2f} ms to the p50 (medians over pairs of runs)."
         )
 
 
