@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sqlite3
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from engine.config import Config
 
 #: Longest wait for another writer of the file, and for a PostgreSQL server to answer, seconds.
 _LOCK_S, _CONNECT_S, _STATEMENT_S = 10.0, 5.0, 30.0
+#: Longest wait for another that makes a new file at this moment, seconds.
+_WAL_S = 1.0
 #: Most connections of one process.
 _CONNECTIONS = 4
 #: A server that starts, ends, or begins anew after one of its processes was killed.
@@ -229,7 +233,17 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     # Transactions are begun by `_begin_sqlite`, not by the driver's guess.
     connection.isolation_level = None
     cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    until = time.monotonic() + _WAL_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # Two that open a new file at once: for this change SQLite does not wait by itself.
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.005)
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 
