@@ -108,14 +108,14 @@ class Ticket:
         except asyncio.CancelledError:
             # The client went while the row was on its way to the disk: it is written all the same.
             written = True
+            await self._complete(status, headers, body)
             raise
         finally:
             wallet = self.books.wallet
             for account, cost in self.taken:
                 (wallet.spend if written else wallet.put_back)(account, cost)
             self.on_end()
-        if self.attempt is not None:
-            await self.attempt.complete(status, headers or [], body)
+        await self._complete(status, headers, body)
 
     async def release(self) -> None:
         """The request was not answered: nothing is charged. Harmless after `settle`."""
@@ -127,6 +127,10 @@ class Ticket:
             self.books.wallet.put_back(account, cost)
         self.on_end()
         await self._drop()
+
+    async def _complete(self, status: int, headers: Headers | None, body: bytes | None) -> None:
+        if self.attempt is not None:
+            await self.attempt.complete(status, headers or [], body)
 
     async def _drop(self) -> None:
         if self.attempt is not None:

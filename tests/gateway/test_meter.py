@@ -295,6 +295,36 @@ async def test_a_retry_while_the_first_is_answered_and_after_it_failed(
     assert len(await rows(house)) == 1
 
 
+async def test_a_client_that_goes_while_its_row_is_written_can_ask_again(
+    house: House, runner: DummyRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = await key_under(house, {"price": 4})
+    given = bearer(token, **{"idempotency-key": "order-4"})
+    assert house.gateway.books is not None
+    writer, reached = house.gateway.books.writer, asyncio.Event()
+    record = writer.record
+
+    async def slow(row: Any, *, reserved: bool = False) -> None:
+        await record(row, reserved=reserved)
+        reached.set()
+        await asyncio.sleep(3)
+
+    monkeypatch.setattr(writer, "record", slow)
+    asking = asyncio.create_task(house.post(PATH, CHAT, headers=given))
+    await reached.wait()
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    monkeypatch.setattr(writer, "record", record)
+    for _ in range(300):
+        status, _, headers = await house.post(PATH, CHAT, headers=given)
+        if status != 409:
+            break
+        await asyncio.sleep(0.01)
+    assert (status, headers["x-hearth-charge"]) == (200, "0")
+    assert len(runner.seen) == 1
+    assert len(await rows(house)) == 1
+
+
 async def test_without_keys_requests_are_recorded_as_anonymous(
     short: Any, tmp_path: Any, runner: DummyRunner
 ) -> None:
