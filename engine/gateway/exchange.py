@@ -66,6 +66,7 @@ class Exchange:
         self._send = send
         self.started = time.perf_counter()
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        # `own_id` is the ledger's name of it: this server's own, whatever a client calls its requests.
         given = self.headers.get(b"x-request-id")
         if given is not None and _SANE_ID.fullmatch(given):
             self.request_id = given.decode("ascii")
@@ -74,7 +75,6 @@ class Exchange:
             self.own_id = _new_id()
         else:
             self.request_id = self.upstream_id = self.own_id = _new_id()
-        #: `own_id` is the ledger's name of it: this server's own, whatever a client calls its requests.
         self.endpoint = "other"
         self.model = ""
         #: What of its body tells its cost; None until it is read.
