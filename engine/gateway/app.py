@@ -178,6 +178,8 @@ class Gateway:
             self.metrics.observe(exchange, status)
             if self._config.gateway.access_log:
                 log_request(exchange, status)
+            # They know each other, which only the garbage collector would notice, much later.
+            del scope[SCOPE_KEY]
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -202,7 +204,8 @@ class Gateway:
         except ClientGoneError:
             return
         except ApiError as error:
-            failure = error
+            # Without its frames, which hold the request's body and, by this name, the error itself.
+            failure = error.with_traceback(None)
         except asyncio.CancelledError:
             # Only the stopping server cancels from outside, when its drain has lasted long enough. The task
             # ends with this answer, so the cancel need not go on.
@@ -289,7 +292,7 @@ class Gateway:
                 await ticket.settle("left")
             raise
         finally:
-            if exchange.ticket is not None:
+            if exchange.ticket is not None and not exchange.ticket.ended:
                 await exchange.ticket.release()
 
     async def _check_context(

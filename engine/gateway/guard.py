@@ -31,10 +31,13 @@ class WhileClientWaits:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Nothing is awaited here: a cancel that the watcher has asked for has always struck inside the block.
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if self._gone and self._task is not None:
-            self._task.uncancel()
+        watcher, task = self._watcher, self._task
+        # The tasks know this object: let go of, all three are freed at once.
+        self._watcher = self._task = None
+        if watcher is not None:
+            watcher.cancel()
+        if self._gone and task is not None:
+            task.uncancel()
             raise ClientGoneError from None
 
     async def _watch(self) -> None:

@@ -23,6 +23,9 @@ from engine.gateway.app import Gateway
 _M_MMAP_THRESHOLD, _MAPPED_BYTES = -3, 32 * 1024 * 1024
 _M_TRIM_THRESHOLD, _KEPT_BYTES = -1, 64 * 1024 * 1024
 
+#: New objects between two looks of the collector at them.
+_YOUNG_OBJECTS = 10_000
+
 #: Longer than any usual client keeps an idle connection, so that it is the client who closes.
 _IDLE_S = 75
 _UNFINISHED = "returned without completing response"
@@ -111,6 +114,9 @@ class Server(uvicorn.Server):
         # What the application has loaded by now stays as well: database, migrations, plans and keys.
         gc.collect()
         gc.freeze()
+        # A few dozen requests under way are more objects than the usual 700: each look at them would find
+        # nearly all of them alive.
+        gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 def make_server(config: Config, gateway: Gateway) -> uvicorn.Server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import random
 from pathlib import Path
@@ -11,6 +12,7 @@ import aiohttp
 import openai
 import pytest
 
+from engine.gateway.exchange import Exchange
 from engine.routes import Replica
 from tests.gateway.dummy import KEY, DummyRunner, House, chunk, open_house, route, until
 
@@ -277,3 +279,21 @@ async def test_clients_that_come_and_go_leave_no_count_behind(
         await until(lambda: [each.in_flight for each in served.upstreams] == [0, 0])
         _, text, _ = await house.get("/metrics")
         assert 'hearth_gateway_in_flight{model="dummy"} 0.0' in text
+
+
+async def test_what_a_request_needed_is_freed_at_once(house: House, runner: DummyRunner) -> None:
+    def kept() -> int:
+        return sum(isinstance(each, Exchange) for each in gc.get_objects())
+
+    await house.post(CHAT, ASK)
+    gc.collect()
+    gc.disable()
+    try:
+        before = kept()
+        for _ in range(20):
+            assert (await house.post(CHAT, ASK))[0] == 200
+            assert (await house.post(CHAT, {**ASK, "model": "unknown"}))[0] == 404
+        # The last one's may still be in the server's hands.
+        assert kept() <= before + 2
+    finally:
+        gc.enable()
