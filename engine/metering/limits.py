@@ -82,8 +82,8 @@ class Limits:
         """
         self._file, self._clock, self._rows, self._seats = file, clock, rows, seats
         self._counts = self._open()
-        #: What this worker has in hand, so that it can be counted again in a new table.
-        self._mine: dict[str, int] = {}
+        #: Those with something in hand always, so that it can be counted again in a new table.
+        self._known: dict[str, _Subject] = {}
         self._look_at = clock() + _LOOK_NS
 
     def close(self) -> None:
@@ -98,43 +98,70 @@ class Limits:
         Raises:
             ApiError: 503 `limits_full`: more subjects are busy at once than can be counted.
         """
-        if per_minute is None and concurrent is None:
-            return _UNLIMITED
-        if (per_minute is not None and per_minute < 1) or (concurrent is not None and concurrent < 1):
-            raise ValueError(f"limits are at least 1: {per_minute} a minute, {concurrent} at once.")
-        self._look()
-        counts = self._counts
-        counts.lock()
-        try:
-            # Read under the lock, so that times grow from one worker to the next.
-            now = self._clock()
-            row = counts.row(subject, now)
-            rate = _Rate(per_minute, counts.tat[row], now) if per_minute is not None else None
-            if rate is not None and rate.wait_ns > 0:
-                wait_s = _up_to_ms(rate.wait_ns)
-                return Refused("per_minute", rate.limit, wait_s, rate.remaining, rate.reset_s)
-            if concurrent is not None:
-                in_hand = counts.total(row)
-                if in_hand >= concurrent and counts.forget_dead(row):
-                    in_hand = counts.total(row)
-                if in_hand >= concurrent:
-                    wait_s = _up_to_ms(_until_leave(counts, row, now))
-                    told = (rate.remaining, rate.reset_s) if rate is not None else (None, 0.0)
-                    return Refused("concurrent", concurrent, wait_s, *told)
-                if in_hand == 0:
-                    counts.since[row] = now
-                counts.add(row, 1)
-                self._mine[subject] = self._mine.get(subject, 0) + 1
-            if rate is None:
+        known = self._known.get(subject)
+        if known is None or known.per_minute != per_minute or known.concurrent != concurrent:
+            if per_minute is None and concurrent is None:
                 return _UNLIMITED
-            rate.take()
-            counts.tat[row] = rate.tat
-            return Admitted(rate.limit, rate.remaining, rate.reset_s)
+            known = self._know(subject, per_minute, concurrent)
+        now = self._clock()
+        if now >= self._look_at:
+            self._look()
+            now = self._clock()
+        counts = self._counts
+        alone = counts.lock()
+        try:
+            if not alone:
+                # Again, under the lock, so that times grow from one worker to the next.
+                now = self._clock()
+            row = known.row
+            mine = known.mine
+            if not mine:
+                # Only a row with something in hand is sure to be its subject's still.
+                keys = counts.keys
+                if keys[2 * row] != known.low or keys[2 * row + 1] != known.high:
+                    row = counts.row(subject, now)
+                    known.keep(row, counts)
+            if per_minute is None:
+                used = 0
+            else:
+                used = counts.tat[row] - now
+                if used < 0:
+                    used = 0
+                elif used > known.spare:
+                    if used <= FARTHEST_NS:
+                        wait_s, told = _up_to_ms(used - known.spare), _told(per_minute, used)
+                        return Refused("per_minute", per_minute, wait_s, told.remaining, told.reset_s)
+                    used = 0
+            if concurrent is not None:
+                # Where there is no other worker, what others have in hand is of the dead.
+                in_hand = mine if alone else counts.total(row)
+                if in_hand >= concurrent:
+                    if not alone and counts.forget_dead(row):
+                        in_hand = counts.total(row)
+                    if in_hand >= concurrent:
+                        wait_s = _up_to_ms(_until_leave(counts, row, now))
+                        told = _told(per_minute, used)
+                        return Refused("concurrent", concurrent, wait_s, told.remaining, told.reset_s)
+                if not in_hand:
+                    counts.since[row] = now
+                mine += 1
+                counts.mine[row] = mine
+                known.mine = mine
+            if per_minute is None:
+                return _UNLIMITED
+            used += known.interval
+            counts.tat[row] = now + used
+            # As `_told` says it, and never below zero here.
+            return Admitted(per_minute, per_minute + -used // known.interval, used / _SECOND_NS)
         except CountsFullError as error:
             log.error("%s A request was refused.", error)
             raise _full() from error
         finally:
-            counts.unlock()
+            if alone:
+                # What `unlock` does, without the call.
+                counts.words[2] = 0
+            else:
+                counts.unlock()
 
     def leave(self, subject: str) -> None:
         """A request that was admitted with `concurrent` has ended.
@@ -142,26 +169,24 @@ class Limits:
         Raises:
             ValueError: this worker has none of that subject in hand.
         """
-        mine = self._mine.get(subject, 0)
-        if mine < 1:
+        known = self._known.get(subject)
+        if known is None or not known.mine:
             raise ValueError(f"no request of {subject} is in hand here.")
-        if mine == 1:
-            del self._mine[subject]
-        else:
-            self._mine[subject] = mine - 1
+        # No lock: the row is its subject's while something is in hand, and the count is this worker's alone.
+        # Of two workers that note how fast requests end at the same moment, one is lost: it is an estimate.
+        now = self._clock()
+        row = known.row
         counts = self._counts
-        counts.lock()
-        try:
-            now = self._clock()
-            # It has one: a row with something in hand is not given to another subject.
-            row = counts.row(subject, now)
-            counts.add(row, -1)
-            between = max(0, now - counts.since[row])
-            known = counts.pace[row]
-            counts.pace[row] = between if known <= 0 else known + (between - known) // 8
-            counts.since[row] = now
-        finally:
-            counts.unlock()
+        between = now - counts.since[row]
+        if between < 0:
+            between = 0
+        usual = counts.pace[row]
+        counts.pace[row] = between if usual <= 0 else usual + (between - usual) // 8
+        counts.since[row] = now
+        # Last: from here on the row can be another subject's.
+        mine = known.mine - 1
+        counts.mine[row] = mine
+        known.mine = mine
 
     def look(self, subject: str, *, per_minute: int | None) -> Admitted:
         """What is left of the rate now, for the headers of answers to what was not admitted."""
@@ -171,8 +196,8 @@ class Limits:
         counts.lock()
         try:
             row = counts.known_row(subject)
-            rate = _Rate(per_minute, 0 if row is None else counts.tat[row], self._clock())
-            return Admitted(rate.limit, rate.remaining, rate.reset_s)
+            used = 0 if row is None else counts.tat[row] - self._clock()
+            return _told(per_minute, used if 0 < used <= FARTHEST_NS else 0)
         finally:
             counts.unlock()
 
@@ -189,14 +214,28 @@ class Limits:
         finally:
             counts.unlock()
 
+    def _know(self, subject: str, per_minute: int | None, concurrent: int | None) -> _Subject:
+        """Keeps what a subject's limits say, where it is new or they have changed."""
+        if (per_minute is not None and per_minute < 1) or (concurrent is not None and concurrent < 1):
+            raise ValueError(f"limits are at least 1: {per_minute} a minute, {concurrent} at once.")
+        known = self._known.get(subject)
+        if known is None:
+            if len(self._known) >= 2 * self._rows:
+                # At most one a row has something in hand.
+                self._known = {name: each for name, each in self._known.items() if each.mine}
+            known = self._known[subject] = _Subject(subject)
+        known.per_minute, known.concurrent = per_minute, concurrent
+        if per_minute is not None:
+            known.interval = _interval(per_minute)
+            known.spare = known.interval * (min(per_minute, _MOST_PER_MINUTE) - 1)
+        return known
+
     def _open(self) -> SharedCounts:
         return SharedCounts(self._file, rows=self._rows, seats=self._seats)
 
     def _look(self) -> None:
         """Moves to a new table when the file was taken away (by a cleaner of old files, say)."""
         now = self._clock()
-        if now < self._look_at:
-            return
         self._look_at = now + _LOOK_NS
         if self._counts.is_current():
             self._counts.look_around()
@@ -207,43 +246,53 @@ class Limits:
             log.error("The table of limits was taken away, and no new one can be made: %s", error)
             return
         log.warning("The table of limits %s was taken away: begun anew.", self._file)
+        in_hand = [known for known in self._known.values() if known.mine]
         fresh.lock()
         try:
-            for subject, number in self._mine.items():
-                fresh.add(fresh.row(subject, now), number)
+            rows = []
+            for known in in_hand:
+                rows.append(fresh.row(known.subject, now))
+                fresh.add(rows[-1], known.mine)
+            for known, row in zip(in_hand, rows, strict=True):
+                known.keep(row, fresh)
         finally:
             fresh.unlock()
         self._counts.close()
         self._counts = fresh
 
 
-class _Rate:
-    """The rate of one subject at one moment."""
+class _Subject:
+    """What this worker knows of one subject: its row in the table, what it has in hand and its limits."""
 
-    __slots__ = ("_interval", "_now", "_window", "limit", "tat", "wait_ns")
+    __slots__ = ("concurrent", "high", "interval", "low", "mine", "per_minute", "row", "spare", "subject")
 
-    def __init__(self, limit: int, tat: int, now: int) -> None:
-        counted = min(limit, _MOST_PER_MINUTE)
-        # Rounded up: the rate is never higher than the limit, and lower by less than N/6e10 of it.
-        self._interval = -(-_MINUTE_NS // counted)
-        self._window = self._interval * counted
-        self._now = now
-        self.limit = limit
-        self.tat = tat if now < tat <= now + FARTHEST_NS else now
-        #: Nanoseconds until one more is admitted; not above zero: now.
-        self.wait_ns = self.tat + self._interval - self._window - now
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        #: No row has this digest.
+        self.row, self.low, self.high = 0, -1, -1
+        self.mine = 0
+        self.per_minute: int | None = None
+        self.concurrent: int | None = None
+        #: Of the rate, in nanoseconds: what one request uses up, and how much may be used for one more.
+        self.interval, self.spare = 0, 0
 
-    def take(self) -> None:
-        self.tat += self._interval
+    def keep(self, row: int, counts: SharedCounts) -> None:
+        """Its row is this one, as long as it bears the subject's digest."""
+        self.row, self.low, self.high = row, counts.keys[2 * row], counts.keys[2 * row + 1]
 
-    @property
-    def remaining(self) -> int:
-        used = -(-(self.tat - self._now) // self._interval)
-        return max(0, self.limit - used)
 
-    @property
-    def reset_s(self) -> float:
-        return (self.tat - self._now) / _SECOND_NS
+def _interval(per_minute: int) -> int:
+    """What one request uses up of a minute, nanoseconds."""
+    # Rounded up: the rate is never higher than the limit, and lower by less than N/6e10 of it.
+    return -(-_MINUTE_NS // min(per_minute, _MOST_PER_MINUTE))
+
+
+def _told(per_minute: int | None, used: int) -> Admitted:
+    """What is left of a rate of which so many nanoseconds are used up."""
+    if per_minute is None:
+        return _UNLIMITED
+    left = per_minute - -(-used // _interval(per_minute))
+    return Admitted(per_minute, left if left > 0 else 0, used / _SECOND_NS)
 
 
 def _until_leave(counts: SharedCounts, row: int, now: int) -> int:

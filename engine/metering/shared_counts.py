@@ -2,7 +2,7 @@
 
 One file, mapped by every worker. `lock` keeps others out of the table: an flock, or, while a worker is alone
 with the table, a word in it that says so; a newcomer takes that away before it comes in. Each worker has a
-*seat*: a column of counts that only it writes, and a byte of the file that it keeps locked while it lives, so
+*seat*: a column of counts that only it writes while it lives, and a byte of the file that it keeps locked, so
 that the counts of a killed worker are known for dead at once, without a timeout.
 
 The rows are an open hash table with a bounded search. A row is never emptied again, only taken over by
@@ -41,8 +41,6 @@ _SEARCH = 64
 _FLOCK = struct.Struct("@hhqqi4x")
 #: A time further ahead than any rate remembers is nonsense (of a clock that was set back), nanoseconds.
 FARTHEST_NS = 61 * 10**9
-
-
 #: A newcomer's longest wait for the one who is in the table without an flock, and one look's pause, seconds.
 _OUT_S, _OUT_PAUSE_S = 2.0, 0.001
 
@@ -56,7 +54,11 @@ class CountsFullError(CountsError):
 
 
 class SharedCounts:
-    """One worker's view of the table. For one thread; nothing but `lock` itself may be called unlocked."""
+    """One worker's view of the table. For one thread.
+
+    Unlocked only `lock` may be called, and a row used in which this worker has something in hand: such a row
+    is given to nobody, and a count in its own column is the worker's alone.
+    """
 
     def __init__(self, file: Path, *, rows: int = 32768, seats: int = 256) -> None:
         """Opens the table, makes it where it is missing or cannot be read, and takes a seat.
@@ -72,9 +74,9 @@ class SharedCounts:
             raise ValueError(f"{rows} rows and {seats} seats: rows are a power of two, seats {_MOST_SEATS}.")
         self.file, self.rows, self.seats = file, rows, seats
         self._columns_at = _PAGE + rows * _ROW
-        self._places: dict[str, tuple[int, int, int]] = {}
-        #: Whether nobody else was at the table when it had been opened `_opens` times; without an flock now.
-        self._alone, self._opens, self._light = False, 0, False
+        #: Whether nobody else was at the table when it had been opened `_opens` times.
+        #: Whether the flock is had, which `_open` takes.
+        self._alone, self._opens, self._flocked = False, 0, True
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._handle = self._open()
@@ -82,7 +84,7 @@ class SharedCounts:
                 self.seat = self._take_seat()
                 self._map()
                 self._clear(self.seat)
-                self._taken[0] = max(self._taken[0], self.seat + 1)
+                self.words[0] = max(self.words[0], self.seat + 1)
                 self._come_in()
                 self.unlock()
             except BaseException:
@@ -103,29 +105,32 @@ class SharedCounts:
 
     def abandon(self) -> None:
         """Lets go of everything as a killed process would: its counts stay, for others to find dead."""
-        for view in (self._keys, self._times, self.tat, self.since, self.pace, self._counts, self._taken):
+        times = (self.tat, self.since, self.pace, self._times)
+        for view in (*times, self.keys, self.mine, self._counts, self.words):
             view.release()
         self._memory.close()
         os.close(self._handle)
 
-    def lock(self) -> None:
-        """Waits until no other worker is in the table."""
+    def lock(self) -> bool:
+        """Waits until no other worker is in the table; whether there is no other one at all."""
         if self._alone:
-            words = self._taken
-            words[2] = self.seat + 1
+            words = self.words
+            words[2] = self._mark
             if words[1] == self._opens:
-                self._light = True
-                return
+                return True
             words[2] = 0
             self._alone = False
         fcntl.flock(self._handle, fcntl.LOCK_EX)
+        self._flocked = True
+        return False
 
     def unlock(self) -> None:
-        if self._light:
-            self._light = False
-            self._taken[2] = 0
-        else:
+        """After a `lock` that said True, `words[2] = 0` is the same."""
+        if self._flocked:
+            self._flocked = False
             fcntl.flock(self._handle, fcntl.LOCK_UN)
+        else:
+            self.words[2] = 0
 
     def look_around(self) -> None:
         """Notices when the other workers have gone: to be called now and then, outside of the lock."""
@@ -133,13 +138,13 @@ class SharedCounts:
             return
         self.lock()
         try:
-            self._alone, self._opens = self._is_alone(), self._taken[1]
+            self._alone, self._opens = self._is_alone(), self.words[1]
         finally:
             self.unlock()
 
     def _come_in(self) -> None:
         """Ends the solitude of whoever was alone with the table, under the flock."""
-        words = self._taken
+        words = self.words
         words[1] = (words[1] + 1) % 2**32
         # Long enough for the word to be seen by a processor that was about to look at it.
         time.sleep(_OUT_PAUSE_S)
@@ -154,7 +159,7 @@ class SharedCounts:
         self._alone, self._opens = self._is_alone(), words[1]
 
     def _is_alone(self) -> bool:
-        others = (seat for seat in range(self._taken[0]) if seat != self.seat)
+        others = (seat for seat in range(self.words[0]) if seat != self.seat)
         return not any(_is_locked(self._handle, _SEAT_LOCKS_AT + seat) for seat in others)
 
     def is_current(self) -> bool:
@@ -167,25 +172,16 @@ class SharedCounts:
         Raises:
             CountsFullError: every row in reach is busy.
         """
-        known = self._places.get(subject)
-        keys = self._keys
-        if known is not None:
-            place, low, high = known
-            if keys[2 * place] == low and keys[2 * place + 1] == high:
-                return place
         low, high = _digest(subject)
         found = self._find(low, high)
         if found is None:
             found = self._make(low, high, now)
         if found is None:
-            for seat in range(self._taken[0]):
+            for seat in range(self.words[0]):
                 self._clear_if_dead(seat)
             found = self._make(low, high, now)
         if found is None:
             raise CountsFullError(f"the table of limits {self.file} has no row left for one more subject.")
-        if len(self._places) >= self.rows:
-            self._places.clear()
-        self._places[subject] = (found, low, high)
         return found
 
     def known_row(self, subject: str) -> int | None:
@@ -194,16 +190,16 @@ class SharedCounts:
 
     def total(self, row: int) -> int:
         """What all workers have in hand of the row's subject."""
-        return sum(self._counts[row : row + self._taken[0] * self.rows : self.rows])
+        return sum(self._counts[row : row + self.words[0] * self.rows : self.rows])
 
     def add(self, row: int, number: int) -> None:
         """Adds to what this worker has in hand."""
-        self._counts[self.seat * self.rows + row] += number
+        self.mine[row] += number
 
     def forget_dead(self, row: int) -> bool:
         """Clears what dead workers have in hand, of the row's subject and others; whether there was any."""
         found = False
-        for seat in range(self._taken[0]):
+        for seat in range(self.words[0]):
             if self._counts[seat * self.rows + row]:
                 found |= self._clear_if_dead(seat)
         return found
@@ -212,7 +208,7 @@ class SharedCounts:
         return ((high + step) & (self.rows - 1) for step in range(min(_SEARCH, self.rows)))
 
     def _find(self, low: int, high: int) -> int | None:
-        keys = self._keys
+        keys = self.keys
         for place in self._reach(high):
             there = keys[2 * place]
             if there == low and keys[2 * place + 1] == high:
@@ -222,7 +218,7 @@ class SharedCounts:
         return None
 
     def _make(self, low: int, high: int, now: int) -> int | None:
-        keys = self._keys
+        keys = self.keys
         for place in self._reach(high):
             if keys[2 * place] and not self._is_idle(place, now):
                 continue
@@ -309,8 +305,9 @@ class SharedCounts:
         self._memory = mmap.mmap(self._handle, 0)
         with memoryview(self._memory) as whole:
             times_at = _PAGE + self.rows * 16
-            self._taken = whole[_TAKEN_AT : _TAKEN_AT + 12].cast("I")
-            self._keys = whole[_PAGE:times_at].cast("Q")
+            self.words = whole[_TAKEN_AT : _TAKEN_AT + 12].cast("I")
+            #: Two of each row: the digest of its subject.
+            self.keys = whole[_PAGE:times_at].cast("Q")
             self._times = whole[times_at : self._columns_at].cast("q")
             self._counts = whole[self._columns_at :].cast("I")
         #: Of each row, in nanoseconds of CLOCK_MONOTONIC: when its rate has nothing to remember any more (the
@@ -319,6 +316,9 @@ class SharedCounts:
         self.tat = self._times[: self.rows]
         self.since = self._times[self.rows : 2 * self.rows]
         self.pace = self._times[2 * self.rows :]
+        #: What this worker has in hand of each row's subject, and its sign in the word of who is in there.
+        self.mine = self._counts[self.seat * self.rows : (self.seat + 1) * self.rows]
+        self._mark = self.seat + 1
 
 
 def _digest(subject: str) -> tuple[int, int]:

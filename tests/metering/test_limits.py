@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -232,10 +233,54 @@ def test_a_table_that_was_taken_away_is_begun_anew_with_what_is_in_hand(
     assert one.in_hand("k") == 0
 
 
+def test_a_full_table_is_begun_anew_with_all_that_is_in_hand(
+    make: Callable[[], Limits], clock: Clock, tmp_path: Path
+) -> None:
+    limits = make()
+    for number in range(16):
+        for _ in range(1 + number % 3):
+            limits.admit(f"k{number}", per_minute=None, concurrent=3)
+    (tmp_path / "run" / "limits").unlink()
+    clock.wait(2)
+    limits.admit("k0", per_minute=None, concurrent=3)
+    assert [limits.in_hand(f"k{number}") for number in range(16)] == [2, *(1 + n % 3 for n in range(1, 16))]
+    for number in range(16):
+        limits.leave(f"k{number}")
+        assert limits.in_hand(f"k{number}") == (1 if number == 0 else number % 3)
+
+
+def test_what_is_in_hand_is_known_however_many_others_come(make: Callable[[], Limits], clock: Clock) -> None:
+    limits = make()
+    limits.admit("k", per_minute=60, concurrent=2)
+    for number in range(100):
+        limits.admit(f"other{number}", per_minute=60, concurrent=None)
+        clock.wait(1)
+    assert len(limits._known) <= 32
+    assert limits.admit("k", per_minute=60, concurrent=2) == Admitted(60, 59, 1.0)
+    assert isinstance(limits.admit("k", per_minute=60, concurrent=2), Refused)
+    for left in (1, 0):
+        limits.leave("k")
+        assert limits.in_hand("k") == left
+
+
+def test_to_leave_waits_for_nobody(make: Callable[[], Limits]) -> None:
+    one, two = make(), make()
+    one.admit("k", per_minute=None, concurrent=1)
+    two._counts.lock()
+    leaving = threading.Thread(target=one.leave, args=("k",))
+    leaving.start()
+    leaving.join(5)
+    still_waits = leaving.is_alive()
+    two._counts.unlock()
+    leaving.join()
+    assert not still_waits
+    assert isinstance(two.admit("k", per_minute=None, concurrent=1), Admitted)
+
+
 class Model(RuleBasedStateMachine):
     """Several workers, killed and begun anew, against buckets of exact fractions."""
 
-    rows = 4
+    rows, how_many = 4, 3
     rates = st.sampled_from([None, 1, 2, 7, 60, 999])
     at_once = st.sampled_from([None, 1, 2, 3])
     subjects = st.sampled_from([f"key_{number}" for number in range(7)])
@@ -245,7 +290,7 @@ class Model(RuleBasedStateMachine):
     def begin(self, data: st.DataObject, rates: list[int | None]) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="hearth-limits-")
         self.clock = Clock()
-        self.workers = [self.make() for _ in range(3)]
+        self.workers = [self.make() for _ in range(self.how_many)]
         self.rate = {f"key_{number}": rate for number, rate in enumerate(rates)}
         #: Tokens that are missing to a full bucket, and what each worker has in hand.
         self.missing: dict[str, Fraction] = {subject: Fraction(0) for subject in self.rate}
@@ -262,6 +307,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(number=numbers, subject=subjects, concurrent=at_once)
     def admit(self, number: int, subject: str, concurrent: int | None) -> None:
+        number %= len(self.workers)
         rate = self.rate[subject]
         if rate is None and concurrent is None:
             return
@@ -294,6 +340,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(number=numbers, subject=subjects)
     def leave(self, number: int, subject: str) -> None:
+        number %= len(self.workers)
         if self.in_hand[number][subject]:
             self.in_hand[number][subject] -= 1
             self.workers[number].leave(subject)
@@ -310,6 +357,7 @@ class Model(RuleBasedStateMachine):
 
     @rule(number=numbers, killed=st.booleans())
     def restart(self, number: int, killed: bool) -> None:
+        number %= len(self.workers)
         if killed:
             self.workers[number]._counts.abandon()
         else:
@@ -326,7 +374,7 @@ class Model(RuleBasedStateMachine):
             rate = self.rate[subject]
             if rate is not None:
                 left = math.floor(rate - self.missing[subject])
-                assert self.workers[1].look(subject, per_minute=rate).remaining == left
+                assert self.workers[-1].look(subject, per_minute=rate).remaining == left
 
     def teardown(self) -> None:
         if hasattr(self, "workers"):
@@ -337,3 +385,36 @@ class Model(RuleBasedStateMachine):
 
 TestModel = Model.TestCase
 TestModel.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class Alone(Model):
+    """One worker that is alone but for visitors, and notices a second later that they have gone."""
+
+    how_many = 1
+
+    @rule(
+        subject=Model.subjects,
+        concurrent=st.lists(Model.at_once, max_size=3),
+        killed=st.booleans(),
+        noticed=st.booleans(),
+    )
+    def visit(self, subject: str, concurrent: list[int | None], killed: bool, noticed: bool) -> None:
+        self.workers.append(self.make())
+        self.in_hand.append(Counter())
+        for each in concurrent:
+            self.admit(number=1, subject=subject, concurrent=each)
+            self.admit(number=0, subject=subject, concurrent=each)
+        visitor = self.workers.pop()
+        self.in_hand.pop()
+        if killed:
+            visitor._counts.abandon()
+        else:
+            visitor.close()
+        if noticed:
+            self.wait(nanoseconds=SECOND)
+        for each in concurrent:
+            self.admit(number=0, subject=subject, concurrent=each)
+
+
+TestAlone = Alone.TestCase
+TestAlone.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
