@@ -21,9 +21,9 @@ def authenticate(ring: KeyRing, authorization: bytes | None, address: str | None
     """
     if authorization is None:
         raise _refused("No API key was given. Send it as the header 'Authorization: Bearer YOUR_KEY'.")
-    scheme, _, token = authorization.decode("latin-1").strip().partition(" ")
-    token = token.strip()
-    if scheme.lower() != "bearer" or not token:
+    text = authorization.decode("latin-1").strip()
+    token = text[7:].strip()
+    if not token or text[:7].lower() != "bearer ":
         raise _refused("The Authorization header must read 'Bearer YOUR_KEY'.")
     caller = ring.find(token)
     if caller is None:
@@ -35,10 +35,10 @@ def authenticate(ring: KeyRing, authorization: bytes | None, address: str | None
                 headers={"retry-after": "2"},
             )
         raise _refused("The API key is not known to this server. Check it, or ask the operator for one.")
-    state = caller.state(ring.now_ms())
-    if state != "valid":
-        raise _refused(_why(caller, state))
-    if not caller.may_call_from(address):
+    now = ring.now_ms()
+    if now >= caller.valid_until:
+        raise _refused(_why(caller, caller.state(now)))
+    if caller.networks and not caller.may_call_from(address):
         where = f"from {address}. Ask the operator to allow it"
         if address is None:
             where = "here: your address cannot be told (behind a proxy: its X-Forwarded-For is malformed)"
@@ -52,7 +52,7 @@ def check_allowed(caller: Caller, route: ModelRoute) -> None:
     Raises:
         ApiError: 403 `model_not_allowed`.
     """
-    if caller.may_use(route.id, route.category):
+    if caller.may_use_all or caller.may_use(route.id, route.category):
         return
     allowed = caller.key.allowed
     what = [*allowed.models, *(f"{category} models" for category in allowed.categories)]

@@ -9,11 +9,13 @@ snapshot that the workers before it kept (`snapshot.py`), until the database ans
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from hmac import compare_digest
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -56,16 +58,28 @@ class Caller:
     plan: Plan | None
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
-    @property
+    @cached_property
     def subject(self) -> str:
         """Whose requests count together under the plan: the key's id, or its tenant's."""
         by_tenant = self.plan is not None and self.plan.spec.counts == "tenant"
         return self.tenant.id if by_tenant else self.key.id
 
-    @property
+    @cached_property
     def weight(self) -> int:
         """The key's share of a busy model, against that of others."""
         return 1 if self.plan is None else self.plan.spec.weight
+
+    @cached_property
+    def valid_until(self) -> float:
+        """From when on no request is taken, Unix milliseconds: `state` says why."""
+        if self.key.revoked_at is not None or self.tenant.closed_at is not None:
+            return -math.inf
+        return math.inf if self.key.expires_at is None else self.key.expires_at
+
+    @cached_property
+    def may_use_all(self) -> bool:
+        """Whether the key allows every model."""
+        return not self.key.allowed.models and not self.key.allowed.categories
 
     def state(self, now_ms: int) -> Literal["valid", "expired", "revoked", "closed"]:
         """Whether requests are taken; 'closed': its tenant is."""
@@ -133,7 +147,7 @@ class KeyRing:
         """
         digest = digest_of(token)
         caller = self._callers.get(digest)
-        return caller if caller is not None and hmac.compare_digest(caller.key.sha256, digest) else None
+        return caller if caller is not None and compare_digest(caller.key.sha256, digest) else None
 
     def by_id(self, key_id: str) -> Caller | None:
         """Whose key has this id."""

@@ -19,6 +19,8 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+import msgspec
+
 #: Of models that nothing is known of yet.
 _BYTES_PER_TOKEN, _COMPLETION_TOKENS = 4.0, 256.0
 _READING_S, _WRITING_S = 1e-4, 2e-2
@@ -28,6 +30,8 @@ _NEW = 0.1
 #: Time at a replica tells the cost but roughly, for it depends on the company: it changes an estimate by at
 #: most this factor.
 _MOST_BY_TIME = 8.0
+#: A time is taken to be off by no more than this, whatever a clock says.
+_LEAST_ERROR, _MOST_ERROR = 1e-6, 1e6
 #: No request is free, seconds.
 _LEAST_S = 1e-4
 #: Larger numbers in a body are a mistake that the runner will answer; they must not bend any count.
@@ -47,7 +51,7 @@ class Ask(NamedTuple):
     batch: bool = False
 
 
-class Cost(NamedTuple):
+class Cost(msgspec.Struct, frozen=True, gc=False):
     """An estimate and what it was made of."""
 
     #: Seconds of one replica.
@@ -60,49 +64,74 @@ class Cost(NamedTuple):
     choices: int
 
 
+class _Rates(dict[int, float]):
+    """Prompt tokens per byte, by the body's length (its number of bits): a body of megabytes is a picture,
+    and holds far fewer tokens a byte than a text."""
+
+    def __missing__(self, bits: int) -> float:
+        """Of lengths that have not been seen the nearest tells."""
+        if not self:
+            return 1 / _BYTES_PER_TOKEN
+        return self[min(self, key=lambda each: abs(each - bits))]
+
+
 class Costs:
     """The estimates of one model."""
 
     __slots__ = (
         "_category",
         "_completion",
+        "_few",
         "_most",
         "_per_byte",
         "_places",
         "_read",
         "_reading",
         "_seen",
+        "_writes",
         "_writing",
         "_wrote",
     )
 
     def __init__(self, category: str, context_length: int | None, max_batch: int = 1) -> None:
         self._category = category
+        self._writes = category in _WRITES
         self._most = float(context_length or _MOST_NUMBER)
         self._completion = _COMPLETION_TOKENS
-        #: Prompt tokens per byte, by the body's length (its number of bits): a body of megabytes is a
-        #: picture, and holds far fewer tokens a byte than a text.
-        self._per_byte: dict[int, float] = {}
+        self._per_byte = _Rates()
         self._reading, self._writing = _READING_S, _WRITING_S
         self._places = max_batch
         self._seen = 0
         #: How many observations have told of each factor.
         self._read = self._wrote = 0.0
+        #: Whether some weight is still more than `_NEW`, or the model does not write.
+        self._few = True
 
     def estimate(self, bytes: int, ask: Ask) -> Cost:
         """What a request will cost, as far as its body's length and a few members tell."""
-        choices = 1 if ask.n is None else _count(ask.n, 1)
-        if self._category in _WRITES:
-            read = min(self._most, bytes * self._rate(bytes))
-            write = self._completion
-            if ask.max_tokens is not None:
-                write = min(write, _count(ask.max_tokens, _MOST_NUMBER))
-            return Cost(self._total(read, write, choices), bytes, read, write, choices)
+        choices = 1
+        if ask.n is not None:
+            choices = _count(ask.n, 1)
+        if not self._writes:
+            return self._estimate_other(bytes, ask, choices)
+        read = bytes * self._per_byte[bytes.bit_length()]
+        if read > self._most:
+            read = self._most
+        write = self._completion
+        if ask.max_tokens is not None:
+            write = min(write, _count(ask.max_tokens, _MOST_NUMBER))
+        # As `_total`, without a call.
+        total = self._reading * read + self._writing * write * choices / self._places
+        if total < _LEAST_S:
+            total = _LEAST_S
+        return Cost(total, bytes, read, write, choices)
+
+    def _estimate_other(self, bytes: int, ask: Ask, choices: int) -> Cost:
         if self._category == "image":
             write = _megapixels(ask.size) * _count(ask.steps, _STEPS)
-            return Cost(self._total(0.0, write, choices), bytes, 0.0, write, choices)
-        write = bytes / 1024
-        return Cost(self._total(0.0, write, 1), bytes, 0.0, write, 1)
+        else:
+            write, choices = bytes / 1024, 1
+        return Cost(self._total(0.0, write, choices), bytes, 0.0, write, choices)
 
     def learn(
         self,
@@ -120,22 +149,51 @@ class Costs:
             seconds: its time at the replica.
             others_read: prompt tokens of others that this replica was given meanwhile.
         """
+        if self._few or prompt_tokens is None or completion_tokens is None:
+            return self._learn(cost, prompt_tokens, completion_tokens, seconds, others_read)
+        # What `_learn` does of a text whose tokens were told, once every weight is `_NEW`.
+        choices = cost.choices
+        write = completion_tokens / choices
+        reading, writing = self._reading, self._writing
+        term = reading * (prompt_tokens + others_read)
+        expected = term + writing * write
+        error = seconds / expected if expected else 0.0
+        if error < _LEAST_ERROR or error > _MOST_ERROR:
+            return self._learn(cost, prompt_tokens, completion_tokens, seconds, others_read)
+        change = error**_NEW
+        of_reading = change ** (term / expected)
+        self._reading = reading = reading * of_reading
+        self._writing = writing = writing * change / of_reading
+        self._completion += _NEW * (write - self._completion)
+        bytes = cost.bytes
+        bits = bytes.bit_length()
+        rates = self._per_byte
+        rate = prompt_tokens / (bytes or 1)
+        known = rates.get(bits, rate)
+        rates[bits] = known + _NEW * (rate - known)
+        total = reading * prompt_tokens + writing * completion_tokens / self._places
+        return total if total > _LEAST_S else _LEAST_S
+
+    def _learn(
+        self, cost: Cost, prompt: int | None, completion: int | None, seconds: float, others_read: float
+    ) -> float:
         self._seen += 1
-        if self._category not in _WRITES:
+        if not self._writes:
             actual = self.by_time(cost, seconds)
             self._timed(0.0, cost.write, seconds)
             return actual
-        if prompt_tokens is None:
+        if prompt is None:
             return self.by_time(cost, seconds)
-        bits, rate = cost.bytes.bit_length(), prompt_tokens / max(1, cost.bytes)
-        known = self._per_byte.get(bits)
-        self._per_byte[bits] = rate if known is None else self._mean(known, rate)
+        bits, rate = cost.bytes.bit_length(), prompt / max(1, cost.bytes)
+        known = self._per_byte.get(bits, rate)
+        new = max(_NEW, 1 / self._seen)
+        self._per_byte[bits] = known + new * (rate - known)
         write = cost.write
-        if completion_tokens is not None:
-            write = completion_tokens / cost.choices
-            self._completion = self._mean(self._completion, write)
-        self._timed(prompt_tokens + others_read, write, seconds)
-        return self._total(prompt_tokens, write, cost.choices)
+        if completion is not None:
+            write = completion / cost.choices
+            self._completion += new * (write - self._completion)
+        self._timed(prompt + others_read, write, seconds)
+        return self._total(prompt, write, cost.choices)
 
     def by_time(self, cost: Cost, seconds: float) -> float:
         """What a request has cost of which only its time at the replica is known."""
@@ -153,27 +211,14 @@ class Costs:
         reading, writing = self._reading * read, self._writing * write
         if seconds <= 0 or reading + writing <= 0:
             return
-        error = min(max(seconds / (reading + writing), 1e-6), 1e6)
+        error = min(max(seconds / (reading + writing), _LEAST_ERROR), _MOST_ERROR)
         share = reading / (reading + writing)
         # Where most requests hardly read, the first long prompt must still tell what reading takes.
         self._read += share
         self._wrote += 1 - share
         self._reading *= error ** (share * max(_NEW, 1 / max(1.0, self._read)))
         self._writing *= error ** ((1 - share) * max(_NEW, 1 / max(1.0, self._wrote)))
-
-    def _mean(self, old: float, new: float) -> float:
-        return old + max(_NEW, 1 / self._seen) * (new - old)
-
-    def _rate(self, bytes: int) -> float:
-        """Prompt tokens per byte of a body of this length."""
-        bits = bytes.bit_length()
-        rates = self._per_byte
-        found = rates.get(bits)
-        if found is None:
-            if not rates:
-                return 1 / _BYTES_PER_TOKEN
-            found = rates[min(rates, key=lambda each: abs(each - bits))]
-        return found
+        self._few = not self._writes or min(self._seen, self._read, self._wrote) < 1 / _NEW
 
 
 def _count(value: Any, default: int) -> int:

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
-#: Weight of one more observation in a flow's mean cost.
-_NEW = 0.3
+#: Weight of one more observation in a mean.
+NEW = 0.3
+
+
+class Who(Protocol):
+    """Whose a request is; never changes, so that one object means one subject with one weight."""
+
+    @property
+    def subject(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+
+class Someone(NamedTuple):
+    """A name and a weight, and no more."""
+
+    subject: str
+    weight: float = 1.0
 
 
 class Entry:
     """One request: waiting, or at a replica, or neither."""
 
-    __slots__ = ("batch", "cost", "flow", "mark", "read", "since", "size", "state", "subject", "weight")
+    __slots__ = ("batch", "cost", "flow", "mark", "read", "since", "size", "state", "who")
+
+    #: Set when it enters its line.
+    flow: Flow
 
     def __init__(
         self,
@@ -24,8 +45,7 @@ class Entry:
         size: int = 0,
         read: float = 0.0,
     ) -> None:
-        self.subject = subject
-        self.weight = weight
+        self.who: Who = Someone(subject, weight)
         self.batch = batch
         self.cost = cost
         #: Prompt tokens, which hold up all others while they are read.
@@ -38,7 +58,10 @@ class Entry:
         self.state = "out"
         #: When it entered its state, on the caller's clock.
         self.since = 0.0
-        self.flow: Flow | None = None
+
+    @property
+    def subject(self) -> str:
+        return self.who.subject
 
 
 class Flow:
@@ -61,13 +84,16 @@ class Flow:
         "waiting",
         "waits_since",
         "weight",
+        "who",
         "work",
     )
 
-    def __init__(self, key: tuple[str, bool], weight: float, tag: float, mean: float) -> None:
+    def __init__(self, key: tuple[str, bool], who: Who, tag: float, mean: float) -> None:
         self.key = key
         self.batch = key[1]
-        self.weight = weight
+        #: Of its last request.
+        self.who = who
+        self.weight = who.weight
         self.tag = tag
         self.waiting: deque[Entry] = deque()
         #: Cost of those that wait.
@@ -99,6 +125,8 @@ class Flows:
         self._active_s = active_s
         #: The one longest without a request first.
         self._flows: dict[tuple[str, bool], Flow] = {}
+        #: The last of them, unless it has been forgotten.
+        self._newest: Flow | None = None
         #: Weights of all, and of the interactive ones; peaks likewise; mean costs of all.
         self.weights = 0.0
         self.interactive = 0.0
@@ -121,18 +149,20 @@ class Flows:
 
     def of(self, entry: Entry, now: float, tag: float) -> Flow:
         """The flow of a request that comes now; a new one begins with this tag."""
-        key = (entry.subject, entry.batch)
+        who = entry.who
+        key = (who.subject, entry.batch)
         flow = self._flows.get(key)
         if flow is None:
             self.sweep(now)
-            flow = self._flows[key] = Flow(key, entry.weight, tag, entry.cost)
+            flow = self._flows[key] = self._newest = Flow(key, who, tag, entry.cost)
             flow.last = now
             self._add(flow, flow.weight, 0)
             self.means += flow.mean
         else:
-            if entry.weight != flow.weight:
-                self._add(flow, entry.weight - flow.weight, 0)
-                flow.weight = entry.weight
+            if who is not flow.who:
+                weight = who.weight
+                self._add(flow, weight - flow.weight, 0)
+                flow.who, flow.weight = who, weight
             self.touch(flow, now)
         has = flow.running + len(flow.waiting) + 1
         if has > flow.peak or now - flow.peak_at > self._active_s:
@@ -143,13 +173,14 @@ class Flows:
     def touch(self, flow: Flow, now: float) -> None:
         """A request of the flow has come or ended."""
         flow.last = now
-        del self._flows[flow.key]
-        self._flows[flow.key] = flow
+        if flow is not self._newest:
+            del self._flows[flow.key]
+            self._flows[flow.key] = self._newest = flow
 
     def learn(self, flow: Flow, actual: float) -> None:
         """A request of the flow has cost so much."""
         # The first is believed: an estimate from before anything was learnt is none.
-        step = (_NEW if flow.seen else 1.0) * (actual - flow.mean)
+        step = (NEW if flow.seen else 1.0) * (actual - flow.mean)
         flow.seen = True
         flow.mean += step
         self.means += step

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
+from time import monotonic
 
 from engine.config import Config
 from engine.gateway.exchange import Exchange
 from engine.gateway.fair.costs import Ask, Cost, Costs
-from engine.gateway.fair.flows import Entry
+from engine.gateway.fair.flows import Entry, Someone
 from engine.gateway.fair.line import Line, Rules
 from engine.gateway.fair.refusals import full, too_long
 from engine.gateway.metrics import GatewayMetrics
@@ -21,14 +21,16 @@ from engine.routes import ModelRoute
 #: Bodies of all requests of one worker that wait for their turn together, bytes.
 _MOST_BYTES = 1 << 30
 #: Requests without a key are one flow.
-_ANYONE = "-"
+_ANYONE = Someone("-")
 _NOTHING = Ask()
+#: The header with which a client says that a request can wait: "batch".
+_PRIORITY = b"x-hearth-priority"
 
 
 class _Queue:
     """The line of one pool of a model's replicas."""
 
-    __slots__ = ("costs", "line", "model", "pool", "served", "wait_s")
+    __slots__ = ("costs", "line", "model", "pool", "replicas", "served", "wait_s")
 
     def __init__(self, model: str, pool: str, line: Line, costs: Costs, wait_s: float) -> None:
         self.model = model
@@ -39,6 +41,8 @@ class _Queue:
         self.wait_s = wait_s
         #: The row by which the window was last set.
         self.served: Served | None = None
+        #: This worker's part of the replicas, but no less than one worker's part of one.
+        self.replicas = 1.0
 
 
 class Place(Entry):
@@ -46,13 +50,16 @@ class Place(Entry):
 
     __slots__ = ("_exchange", "_gate", "estimate", "future", "pool", "queue", "waited_s")
 
+    #: Both are set when it enters a line.
+    queue: _Queue
+    estimate: Cost
+    #: Set when it has to wait.
+    future: asyncio.Future[None] | None
+
     def __init__(self, gate: Gate, exchange: Exchange) -> None:
         self.state = "out"
         #: The pool that it was let in for: "" = the shared one.
-        self.pool = ""
-        self.queue: _Queue | None = None
-        self.estimate: Cost | None = None
-        self.future: asyncio.Future[None] | None = None
+        self.pool = SHARED
         self.waited_s = 0.0
         self._gate = gate
         self._exchange = exchange
@@ -70,11 +77,32 @@ class Place(Entry):
         Raises:
             ApiError: 429 `queue_full`; 403 `model_not_allowed` when only other tenants are served.
         """
+        exchange = self._exchange
         if self.state == "running":
-            if not without or self._gate.pool_of(self._exchange, served, without) == self.pool:
+            if not without or self._gate.pool_of(exchange, served, without) == self.pool:
                 return True
             self.step_back()
-        return self._gate.admit(self, self._exchange, served, without, size)
+        queue = self._gate.open_to_all.get(served)
+        if queue is None:
+            self.pool = pool = self._gate.pool_of(exchange, served, without)
+            queue = self._gate.queue_of(served, pool)
+            if queue is None:
+                return True
+        ask = exchange.ask or _NOTHING
+        self.queue = queue
+        self.pool = queue.pool
+        self.estimate = estimate = queue.costs.estimate(size, ask)
+        self.cost = estimate.total
+        self.read = estimate.read
+        self.batch = ask.batch or (_PRIORITY in exchange.headers and exchange.headers[_PRIORITY] == b"batch")
+        self.who = exchange.caller or _ANYONE
+        yielding = queue.line.enter(self, monotonic())
+        if yielding is None:
+            return True
+        self.size = size
+        self.future = None
+        self._gate.waits(self, queue, yielding)
+        return False
 
     async def turn(self) -> None:
         """Waits until the request may go on. Nothing may be awaited between `enter` and this.
@@ -83,35 +111,57 @@ class Place(Entry):
             ApiError: 429 `queue_full` when it had to give way to others; 503 `queue_timeout`.
         """
         queue = self.queue
-        assert queue is not None
         self.future = asyncio.get_running_loop().create_future()
-        began = time.monotonic()
+        began = monotonic()
         most_s = None if self.batch else max(0.0, queue.wait_s - self.waited_s)
         try:
             async with asyncio.timeout(most_s):
                 await self.future
         except TimeoutError:
             if self.state == "waiting":
-                outlook_s = queue.line.outlook_s(self.subject, self.batch, time.monotonic())
+                outlook_s = queue.line.outlook_s(self.subject, self.batch, monotonic())
                 raise too_long(queue.model, queue.wait_s, outlook_s) from None
         finally:
             self.future = None
-            waited_s = time.monotonic() - began
+            waited_s = monotonic() - began
             self.waited_s += waited_s
             self._gate.waited(self, queue, waited_s)
         if self.state == "evicted":
-            outlook_s = queue.line.outlook_s(self.subject, self.batch, time.monotonic())
+            outlook_s = queue.line.outlook_s(self.subject, self.batch, monotonic())
             raise full(queue.model, queue.line.waiting, outlook_s)
 
     def step_back(self) -> None:
         """Gives the place back unused, for now; harmless without one."""
         if self.state == "running":
-            self._gate.end(self, None)
+            _wake(self.queue.line.end(self, None, monotonic()))
 
     def leave(self) -> None:
-        """The request has ended, well or not; harmless without a place."""
-        if self.state == "running":
-            self._gate.end(self, self._gate.cost_of(self, self._exchange))
+        """The request has ended, well or not; harmless without a place. The estimates learn from it."""
+        if self.state != "running":
+            return
+        exchange = self._exchange
+        queue = self.queue
+        line = queue.line
+        now = monotonic()
+        if exchange.status >= 400:
+            # Refused by the runner, which costs it nothing to speak of.
+            actual = 0.0
+        elif not exchange.complete:
+            actual = queue.costs.by_time(self.estimate, now - self.since)
+        else:
+            ticket = exchange.ticket
+            prompt, completion = (None, None) if ticket is None else ticket.tokens
+            actual = queue.costs.learn(
+                self.estimate,
+                prompt_tokens=prompt,
+                completion_tokens=completion,
+                seconds=now - self.since,
+                # At one replica, of all workers together, were they even.
+                others_read=(line.read - self.mark - self.read) / queue.replicas,
+            )
+        begun = line.end(self, actual, now)
+        if begun:
+            _wake(begun)
 
 
 class Gate:
@@ -125,6 +175,8 @@ class Gate:
         self._metrics = metrics
         self._queues: dict[tuple[str, str], _Queue] = {}
         self._costs: dict[str, Costs] = {}
+        #: Those of the rows of the table in force of which nobody owns replicas; filled as they are used.
+        self.open_to_all: dict[Served, _Queue] = {}
         self._bytes = 0
         directory.listeners.append(self._look_again)
 
@@ -149,40 +201,22 @@ class Gate:
         served.check_open(tenant)
         return served.pool(tenant, without, window=self._window_of(served.route, 1))
 
-    def admit(
-        self, place: Place, exchange: Exchange, served: Served, without: AbstractSet[str], size: int
-    ) -> bool:
-        """Puts a place into its line; whether it may go on at once."""
-        route = served.route
-        caller = exchange.caller
-        place.pool = pool = self.pool_of(exchange, served, without)
-        if route.max_batch is None or not self._rules.enabled:
-            return True
-        queue = self._queues.get((route.id, pool))
-        now = time.monotonic()
-        if queue is None or queue.served is not served:
-            queue = self._queue(served, pool, now)
-        ask = exchange.ask or _NOTHING
-        place.queue = queue
-        place.size = size
-        place.estimate = estimate = queue.costs.estimate(size, ask)
-        place.cost, place.read = estimate.total, estimate.read
-        place.batch = ask.batch or exchange.headers.get(b"x-hearth-priority") == b"batch"
-        place.subject, place.weight = (_ANYONE, 1.0) if caller is None else (caller.subject, caller.weight)
+    def waits(self, place: Place, queue: _Queue, yielding: list[Entry]) -> None:
+        """A place has entered its line and was not let in; these give way to it.
+
+        Raises:
+            ApiError: 429 `queue_full` when it is one of them.
+        """
         line = queue.line
-        yielding = line.enter(place, now)
-        if yielding is None:
-            return True
-        self._bytes += size
-        self._metrics.queued(route.id, 1)
+        self._bytes += place.size
+        self._metrics.queued(queue.model, 1)
         while self._bytes > _MOST_BYTES and line.waiting:
             yielding.append(line.evict())
             self._bytes -= yielding[-1].size
-        self._tell(yielding)
+        _wake(yielding)
         if place.state == "evicted":
             self._waits_no_longer(place, queue)
-            raise full(route.id, line.waiting, line.outlook_s(place.subject, place.batch, now))
-        return False
+            raise full(queue.model, line.waiting, line.outlook_s(place.subject, place.batch, monotonic()))
 
     def waited(self, place: Place, queue: _Queue, seconds: float) -> None:
         """A place has been waited for, however that ended."""
@@ -191,36 +225,21 @@ class Gate:
         self._waits_no_longer(place, queue)
         self._metrics.queue_waited(queue.model, seconds)
 
-    def end(self, place: Place, actual: float | None) -> None:
-        """A place is free, its request having cost `actual`; None = it was not used."""
-        assert place.queue is not None
-        line = place.queue.line
-        self._tell(line.end(place, actual, time.monotonic()))
-
-    def cost_of(self, place: Place, exchange: Exchange) -> float:
-        """What the request has cost, now that it ends; the estimates learn from it."""
-        assert place.queue is not None and place.estimate is not None
-        if exchange.status >= 400:
-            # Refused by the runner, which costs it nothing to speak of.
-            return 0.0
-        costs, seconds = place.queue.costs, time.monotonic() - place.since
-        if not exchange.complete:
-            return costs.by_time(place.estimate, seconds)
-        ticket = exchange.ticket
-        prompt, completion = (None, None) if ticket is None else ticket.tokens
-        line = place.queue.line
-        return costs.learn(
-            place.estimate,
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            seconds=seconds,
-            # At one replica, of all workers together, were they even.
-            others_read=(line.read - place.mark - place.read) / max(line.capacity, 1 / self._workers),
-        )
-
     def _waits_no_longer(self, place: Place, queue: _Queue) -> None:
         self._bytes -= place.size
         self._metrics.queued(queue.model, -1)
+
+    def queue_of(self, served: Served, pool: str) -> _Queue | None:
+        """The line of a pool; None where nobody waits for their turn."""
+        route = served.route
+        if route.max_batch is None or not self._rules.enabled:
+            return None
+        queue = self._queues.get((route.id, pool))
+        if queue is None or queue.served is not served:
+            queue = self._queue(served, pool, monotonic())
+        if not route.dedicated:
+            self.open_to_all[served] = queue
+        return queue
 
     def _queue(self, served: Served, pool: str, now: float) -> _Queue:
         """The line of a pool, by the newest row."""
@@ -243,7 +262,8 @@ class Gate:
             queue = self._queues[(route.id, pool)] = _Queue(route.id, pool, line, costs, wait_s)
         queue.served = served
         capacity = len(served.replicas(pool)) / self._workers
-        self._tell(queue.line.resize(self._window(served, pool), now, capacity))
+        queue.replicas = max(capacity, 1 / self._workers)
+        _wake(queue.line.resize(self._window(served, pool), now, capacity))
         return queue
 
     def _window(self, served: Served, pool: str) -> int | None:
@@ -263,21 +283,24 @@ class Gate:
 
     def _look_again(self) -> None:
         """There may be a new table: windows follow it, and what has no replica any more is let go."""
-        now = time.monotonic()
+        self.open_to_all.clear()
+        now = monotonic()
         serving = {served.route.id: served for served in self._directory}
         for key, queue in list(self._queues.items()):
             served = serving.get(queue.model)
             if served is None:
-                self._tell(queue.line.resize(None, now))
+                queue.replicas = 1.0
+                _wake(queue.line.resize(None, now))
                 if queue.line.is_idle:
                     del self._queues[key]
                     self._costs.pop(queue.model, None)
             elif served is not queue.served:
                 self._queue(served, queue.pool, now)
 
-    def _tell(self, entries: Iterable[Entry]) -> None:
-        """Wakes those that run now or have to give way."""
-        for entry in entries:
-            assert isinstance(entry, Place)
-            if entry.future is not None and not entry.future.done():
-                entry.future.set_result(None)
+
+def _wake(entries: Iterable[Entry]) -> None:
+    """Wakes those that run now or have to give way."""
+    for entry in entries:
+        assert isinstance(entry, Place)
+        if entry.future is not None and not entry.future.done():
+            entry.future.set_result(None)

@@ -21,14 +21,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.gateway.fair.flows import Entry, Flow, Flows
+from engine.gateway.fair.flows import NEW, Entry, Flow, Flows
 
 #: Of a flow that has waited longer, half of what it was given is forgotten again and again, seconds.
 _RECENT_S = 60.0
 #: A request that costs so many times what the others' do is large.
 _LARGE = 2.0
-#: Weight of one more observation in a mean.
-_NEW = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +63,13 @@ class Line:
         self.flows = Flows(rules.active_s)
         #: Mean seconds at a replica.
         self._stay_s = 0.0
+        #: The flow that has the line to itself: there is no other, it is interactive, nothing waits, and its
+        #: costs and stays have means; until the next request that is not its own, or is one too many.
+        self._alone: Flow | None = None
+        #: As long as that many of its requests run, and until then, its next one runs at once, and its peak
+        #: is what it was.
+        self._alone_most = 0.0
+        self._alone_until = 0.0
 
     def enter(self, entry: Entry, now: float) -> list[Entry] | None:
         """Lets it run or wait (see its state), or refuses it: its state is "evicted" then.
@@ -72,6 +77,36 @@ class Line:
         Returns:
             Those that have to give way to it; None when it runs at once.
         """
+        flow, running = self._alone, self.running
+        if (
+            flow is None
+            or entry.who is not flow.who
+            or entry.batch
+            or running >= self._alone_most
+            or now >= self._alone_until
+        ):
+            return self._enter(entry, now)
+        # What `_enter` does, as far as it changes anything here.
+        cost, tag, debt = entry.cost, flow.tag, flow.debt
+        if tag < self._virtual:
+            tag = self._virtual
+        else:
+            self._virtual = tag
+        flow.tag = tag + cost / flow.weight
+        if not debt:
+            flow.debt_at = now
+        flow.debt = (debt if debt < cost else cost) + cost
+        flow.work += cost
+        self.running = flow.running = running + 1
+        entry.flow = flow
+        entry.state = "running"
+        entry.since = flow.last = now
+        entry.mark = read = self.read
+        self.read = read + entry.read
+        return None
+
+    def _enter(self, entry: Entry, now: float) -> list[Entry] | None:
+        self._alone = None
         flow = self.flows.of(entry, now, self._virtual)
         entry.flow = flow
         entry.since = now
@@ -81,6 +116,11 @@ class Line:
             self.flows.sweep(now) and self._may_run(flow, entry.cost, now)
         ):
             self._run(entry, flow, now)
+            if len(self.flows) == 1 and flow.seen and self._stay_s and not flow.batch:
+                window = self.window
+                self._alone = flow
+                self._alone_most = flow.peak if window is None else min(flow.peak, window)
+                self._alone_until = flow.peak_at + self.rules.active_s
             return None
         return self._queue(entry, flow, now)
 
@@ -91,7 +131,28 @@ class Line:
             actual: what it has cost; None = it gives its place back unused.
         """
         flow = entry.flow
-        assert flow is not None and entry.state == "running"
+        if flow is not self._alone or actual is None:
+            return self._end(entry, flow, actual, now)
+        # What `_end` does, as far as it changes anything here.
+        entry.state = "out"
+        self.running = flow.running = running = self.running - 1
+        cost, tag = entry.cost, flow.tag
+        flow.work = flow.work - cost if running else 0.0
+        off = actual - cost
+        if tag > self._latest:
+            self._latest = tag
+        flow.tag = tag = tag + off / flow.weight
+        debt = flow.debt + off
+        flow.debt = debt if debt > 0.0 else 0.0
+        flow.last = now
+        flow.mean = self.flows.means = flow.mean + NEW * (actual - flow.mean)
+        self._stay_s += NEW * (now - entry.since - self._stay_s)
+        if not running:
+            self._virtual = self._latest = max(self._latest, tag)
+        return []
+
+    def _end(self, entry: Entry, flow: Flow, actual: float | None, now: float) -> list[Entry]:
+        assert entry.state == "running"
         entry.state = "out"
         self.running -= 1
         flow.running -= 1
@@ -99,15 +160,16 @@ class Line:
         if flow.batch:
             self._batch_running -= 1
         off = (actual or 0.0) - entry.cost
+        # Only here does a tag ever fall, so that its largest value is seen here.
+        self._latest = max(self._latest, flow.tag)
         flow.tag += off / flow.weight
+        self._latest = max(self._latest, flow.tag)
         flow.debt = max(0.0, flow.debt + off)
-        if flow.tag > self._latest:
-            self._latest = flow.tag
         self.flows.touch(flow, now)
         if actual is not None:
             self.flows.learn(flow, actual)
             stay = now - entry.since
-            self._stay_s = stay if not self._stay_s else self._stay_s + _NEW * (stay - self._stay_s)
+            self._stay_s = stay if not self._stay_s else self._stay_s + NEW * (stay - self._stay_s)
         if not self.running and not self.waiting:
             # The end of a busy period: nobody keeps a debt (Goyal et al., rule 2).
             self._virtual = self._latest
@@ -126,6 +188,7 @@ class Line:
         """Another window and capacity: those that run now."""
         self.window = window
         self.capacity = capacity
+        self._alone = None
         return self.advance(now) if self.waiting else []
 
     def advance(self, now: float) -> list[Entry]:
@@ -222,8 +285,6 @@ class Line:
         if flow.tag > self._virtual:
             self._virtual = flow.tag
         flow.tag += entry.cost / flow.weight
-        if flow.tag > self._latest:
-            self._latest = flow.tag
         if not flow.debt:
             flow.debt_at = now
         # What it had while nobody else wanted anything does not bar it for long.
