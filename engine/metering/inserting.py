@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
-import msgspec
 from sqlalchemy import Insert
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.metering import schema
 from engine.metering.database import Database
-from engine.metering.rows import COLUMNS, LedgerRow, encode, values
-
-#: Rows of one SQLite statement; fewer are inserted one by one. SQLite takes 32 766 values in one.
-_ROWS_OF_STATEMENTS = (256, 32)
+from engine.metering.rows import COLUMNS, LedgerRow, encode, joined
 
 
 async def write_rows(database: Database, rows: Sequence[LedgerRow]) -> None:
@@ -46,20 +41,10 @@ async def insert_rows(connection: AsyncConnection, rows: Sequence[LedgerRow]) ->
 
 async def insert_encoded(connection: AsyncConnection, records: Sequence[bytes]) -> None:
     """As `write_encoded`, within a transaction of the caller."""
-    # In one order everywhere: two PostgreSQL transactions with common rows then wait instead of deadlocking.
-    ordered = sorted([values(record) for record in records], key=_first)
-    if connection.dialect.name == "postgresql":
-        if ordered:
-            await connection.exec_driver_sql(_of_json(), (msgspec.json.encode(ordered).decode(),))
+    if not records:
         return
-    place = 0
-    for size in _ROWS_OF_STATEMENTS:
-        while len(ordered) - place >= size:
-            flat = [value for row in ordered[place : place + size] for value in row]
-            await connection.exec_driver_sql(_of_values(size), tuple(flat))
-            place += size
-    if place < len(ordered):
-        await connection.exec_driver_sql(_of_values(1), [tuple(row) for row in ordered[place:]])
+    statement = _OF_JSON[connection.dialect.name]
+    await connection.exec_driver_sql(statement, (joined(records),))
 
 
 def insert_ignoring(connection: AsyncConnection, table: Any) -> Insert:
@@ -69,30 +54,30 @@ def insert_ignoring(connection: AsyncConnection, table: Any) -> Insert:
     return statement
 
 
-def _first(row: list[Any]) -> Any:
-    return row[0]
+def _statement(picked: Sequence[str], rows: str) -> str:
+    """All rows are one parameter, an array of arrays: a statement a row would keep the interpreter busy.
 
-
-@cache
-def _of_values(rows: int) -> str:
-    """SQLite: the driver's loop over single rows would give up and take the interpreter's lock for each."""
-    one = f"({', '.join('?' * len(COLUMNS))})"
+    They are added in one order everywhere: two PostgreSQL transactions with common rows then wait instead of
+    deadlocking.
+    """
     return (
-        f"INSERT INTO ledger ({', '.join(COLUMNS)}) VALUES {', '.join([one] * rows)} "
+        f"INSERT INTO ledger ({', '.join(COLUMNS)}) SELECT {', '.join(picked)} FROM {rows} ORDER BY 1 "
         "ON CONFLICT (request_id) DO NOTHING"
     )
 
 
-@cache
-def _of_json() -> str:
-    """PostgreSQL: all rows are one parameter, an array of arrays."""
-    kinds = {
-        name: column.type.compile(postgresql.dialect())  # type: ignore[no-untyped-call]
-        for name, column in schema.ledger.columns.items()
-    }
-    picked = ", ".join(f"CAST(row->>{place} AS {kinds[name]})" for place, name in enumerate(COLUMNS))
-    return (
-        f"INSERT INTO ledger ({', '.join(COLUMNS)}) SELECT {picked} "
-        "FROM json_array_elements(CAST($1 AS json)) WITH ORDINALITY AS rows(row, place) ORDER BY place "
-        "ON CONFLICT (request_id) DO NOTHING"
-    )
+def _kind(name: str) -> str:
+    """A column's type in PostgreSQL."""
+    return schema.ledger.columns[name].type.compile(postgresql.dialect())  # type: ignore[no-untyped-call]
+
+
+#: By dialect; the column's place in a row is counted from 0.
+_OF_JSON = {
+    "sqlite": _statement(
+        [f"json_extract(value, '$[{place}]')" for place in range(len(COLUMNS))], "json_each(?) WHERE true"
+    ),
+    "postgresql": _statement(
+        [f"CAST(value->>{place} AS {_kind(name)})" for place, name in enumerate(COLUMNS)],
+        "json_array_elements(CAST($1 AS json))",
+    ),
+}

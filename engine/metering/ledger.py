@@ -144,8 +144,21 @@ class LedgerWriter:
         """
         try:
             data = encode(row)
+        except ValueError:
+            if reserved:
+                self.release()
+            raise
+        await self.record_encoded(data, row.charge, reserved=reserved)
+
+    async def record_encoded(self, data: bytes, charge: int, *, reserved: bool = False) -> None:
+        """As `record`, of a row as `rows.encode` or a `rows.Form` writes it, and its charge.
+
+        Raises:
+            JournalError: as `record`.
+        """
+        try:
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._scribe.put(Entry(data, row.charge, done), under_way=self._reserved)
+            self._scribe.put(Entry(data, charge, done), under_way=self._reserved)
             self.counters.waiting += 1
             await done
             if self._write_through and not self.away:
@@ -153,7 +166,7 @@ class LedgerWriter:
                     await asyncio.wait_for(self.flush(), self._patience_s)
         finally:
             if reserved:
-                self.release()
+                self._reserved -= 1
 
     async def flush(self) -> bool:
         """Folds in every row that was recorded before this call; False: the database is away, they stay."""
@@ -178,13 +191,13 @@ class LedgerWriter:
         if error is None:
             self.counters.recorded += len(entries)
             self.counters.charge += sum(entry.charge for entry in entries)
-        for _, _, done in entries:
-            if done.done():
+        for entry in entries:
+            if entry.done.done():
                 continue
             if error is None:
-                done.set_result(None)
+                entry.done.set_result(None)
             else:
-                done.set_exception(error)
+                entry.done.set_exception(error)
 
     def _add(self, records: list[bytes], end: int) -> None:
         self._backlog.append((records, end))
