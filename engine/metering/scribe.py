@@ -1,9 +1,9 @@
-"""The thread that writes one worker's journal: rows that wait together are written together.
+"""Writes one worker's journal: rows that wait together are written together.
 
-While one batch is at the disk the next one gathers, so the number of writes follows the disk and not the
-number of requests; the thread and the event loop wake each other once a batch. While many requests are under
-way a batch waits a moment for more rows, as databases delay a commit that has siblings. A row that is
-alone on a quick disk is written by the event loop itself: two changes of threads would take longer.
+While other requests are under way a batch waits for their rows, as databases delay a commit that has
+siblings, but only until the event loop has gone round without one more row: then those that could come are
+there. On a quick disk the event loop itself writes the batch, since two changes of threads would take longer.
+On a slow one a thread does, and the next batch gathers meanwhile.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+import msgspec
+
 from engine.metering.counters import Tally
 from engine.metering.journal import Journal, JournalError
 
 log = logging.getLogger("hearth.ledger")
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One row on its way: as the journal keeps it, its charge, and who waits for it."""
 
     data: bytes
@@ -46,11 +48,11 @@ class _Decided(NamedTuple):
 Written = Callable[[Sequence[Entry], int, JournalError | None], None]
 _Job = list[Entry] | _Drop | _Decided | None
 
-#: While more requests than these are under way a batch waits so long for each of them, and at most, seconds.
-_SIBLINGS, _GATHER_S, _MOST_GATHER_S = 8, 0.0001, 0.005
-#: A disk is quick while its writes take less than this on average, seconds; the last one counts an eighth.
-#: What a disk is thought to take before its first write, or after one failed.
-_QUICK_S, _WEIGHT, _UNKNOWN_S = 0.0005, 0.125, 0.01
+#: A batch does not wait longer for more rows, seconds.
+_MOST_GATHER_S = 0.005
+#: A disk is slow once the event loop's writes take longer than this on average, seconds, the last one
+#: counting a sixteenth; for so long the thread writes then, until the event loop tries again.
+_QUICK_S, _WEIGHT, _APART_S = 0.001, 1 / 16, 5.0
 
 
 class Scribe:
@@ -59,12 +61,14 @@ class Scribe:
     def __init__(self, journal: Journal, tally: Tally | None, written: Written) -> None:
         self._journal, self._tally, self._written = journal, tally, written
         self._jobs: SimpleQueue[_Job] = SimpleQueue()
-        #: Rows of the next batch; whether its time is set, or another batch is with the thread.
+        #: Rows of the next batch; whether it waits for more, or another batch is with the thread.
         self._next: list[Entry] = []
         self._gathering = self._writing = False
-        #: Held by whoever is at the journal; and how long a write takes, seconds.
+        self._gathers_until = 0.0
+        #: Held by whoever is at the journal.
         self._at_journal = threading.Lock()
-        self._write_s = _UNKNOWN_S
+        #: How long the event loop's writes take, seconds, and until when it leaves them to the thread.
+        self._write_s, self._apart_until = 0.0, float("-inf")
         self._thread = threading.Thread(target=self._run, name="hearth-journal", daemon=True)
 
     def start(self) -> None:
@@ -76,33 +80,49 @@ class Scribe:
         self._next.append(entry)
         if self._gathering or self._writing:
             return
-        if under_way <= 1 and self._write_s < _QUICK_S and self._at_journal.acquire(blocking=False):
-            entries, self._next = self._next, []
-            try:
-                error = self._append(entries)
-                end = self._journal.end
-            finally:
-                self._at_journal.release()
-            self._written(entries, end, error)
-        elif under_way > _SIBLINGS:
-            self._gathering = True
-            self._loop.call_later(min(under_way * _GATHER_S, _MOST_GATHER_S), self._hand_over)
-        else:
-            self._hand_over()
+        if under_way <= 1:
+            self._write_next()
+            return
+        self._gathering = True
+        self._gathers_until = time.monotonic() + _MOST_GATHER_S
+        self._loop.call_soon(self._gather, 0)
 
-    def _hand_over(self) -> None:
+    def _gather(self, before: int) -> None:
+        """Once in each round of the event loop; `before`: how many rows there were in the one before."""
+        rows = len(self._next)
+        if rows > before and time.monotonic() < self._gathers_until:
+            self._loop.call_soon(self._gather, rows)
+            return
         self._gathering = False
-        if self._next and not self._writing:
+        self._write_next()
+
+    def _write_next(self) -> None:
+        """Writes what waits, or has the thread do it."""
+        if not self._next or self._writing:
+            return
+        entries, self._next = self._next, []
+        began = time.monotonic()
+        if began < self._apart_until or not self._at_journal.acquire(blocking=False):
             self._writing = True
-            self._jobs.put(self._next)
-            self._next = []
+            self._jobs.put(entries)
+            return
+        try:
+            error = self._append(entries)
+            end = self._journal.end
+        finally:
+            self._at_journal.release()
+        ended = time.monotonic()
+        self._write_s += _WEIGHT * (ended - began - self._write_s)
+        if self._write_s > _QUICK_S:
+            self._write_s, self._apart_until = 0.0, ended + _APART_S
+        self._written(entries, end, error)
 
     def _done(self, entries: Sequence[Entry], end: int, error: JournalError | None) -> None:
         """In the event loop: a batch was written."""
         self._writing = False
         self._written(entries, end, error)
         if not self._gathering:
-            self._hand_over()
+            self._write_next()
 
     def drop(self, position: int) -> None:
         """The rows before this `end` of the journal are in the database."""
@@ -161,15 +181,12 @@ class Scribe:
         rows, charge = len(entries), sum(entry.charge for entry in entries)
         if self._tally is not None:
             self._tally.begin(rows)
-        began = time.perf_counter()
         try:
             self._journal.append([entry.data for entry in entries])
         except JournalError as failure:
-            self._write_s = _UNKNOWN_S
             return failure
         if self._tally is not None:
             self._tally.end(rows, charge, durable=True)
-        self._write_s += _WEIGHT * (time.perf_counter() - began - self._write_s)
         return None
 
     def _drop(self, position: int) -> None:

@@ -110,7 +110,9 @@ async def test_while_a_worker_serves_nothing_is_wrong(tmp_path: Path, database: 
 
     async def serve(caller: int) -> None:
         for number in range(60):
-            await books.writer.record(row(caller * 1000 + number, worker=books.worker))
+            books.writer.reserve()
+            await books.writer.record(row(caller * 1000 + number, worker=books.worker), reserved=True)
+            await asyncio.sleep(0.002)
 
     serving = asyncio.gather(*(serve(caller) for caller in range(4)))
     looks = 0
