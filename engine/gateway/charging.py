@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from engine.config import Config
 from engine.gateway.exchange import Exchange, Send
-from engine.gateway.meter import ANONYMOUS, Meter
+from engine.gateway.meter import Meter
 from engine.gateway.metrics import GatewayMetrics
-from engine.gateway.retries import Retries
-from engine.gateway.ticket import Headers
+from engine.gateway.retries import IDEMPOTENCY_KEY, Retries
+from engine.gateway.terms import ANONYMOUS, Headers
 from engine.metering.books import Books
 from engine.metering.database import Database
 from engine.metering.housekeeping import Housekeeping
@@ -81,25 +81,27 @@ class Charging:
             ApiError: the caller's plan does not allow it now, or nobody can say.
         """
         caller = exchange.caller or ANONYMOUS
-        path: str = exchange.scope["path"]
-        attempt = await self._retries.claim(exchange, caller.key.id, path, body, exchange.own_id)
-        if isinstance(attempt, Recorded):
-            await _replay(send, attempt)
-            return False
-        try:
-            exchange.ticket = await self._meter.admit(
-                exchange,
-                caller,
-                route,
-                request_id=exchange.own_id if attempt is None else attempt.request_id,
-                attempt=attempt,
-                charged=attempt is None or not attempt.charged_before,
-            )
-        except BaseException:
-            if attempt is not None:
+        if IDEMPOTENCY_KEY not in exchange.headers:
+            ticket = await self._meter.admit(exchange, caller, route, request_id=exchange.own_id)
+        else:
+            path: str = exchange.scope["path"]
+            attempt = await self._retries.claim(exchange, caller.key.id, path, body, exchange.own_id)
+            if isinstance(attempt, Recorded):
+                await _replay(send, attempt)
+                return False
+            try:
+                ticket = await self._meter.admit(
+                    exchange,
+                    caller,
+                    route,
+                    request_id=attempt.request_id,
+                    attempt=attempt,
+                    charged=not attempt.charged_before,
+                )
+            except BaseException:
                 await attempt.drop()
-            raise
-        exchange.standing = exchange.ticket.headers
+                raise
+        exchange.ticket, exchange.standing = ticket, ticket.headers
         return True
 
     async def _tell(self, metrics: GatewayMetrics) -> None:

@@ -8,80 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from engine.errors import ApiError
 from engine.gateway.exchange import Exchange
-from engine.gateway.ticket import Attempt, Headers, Terms, Ticket, unavailable
+from engine.gateway.terms import Headers, Terms, terms_of
+from engine.gateway.ticket import Attempt, Ticket, unavailable
 from engine.metering.books import Books
 from engine.metering.database import DatabaseError
 from engine.metering.journal import JournalFullError
 from engine.metering.keyring import Caller
-from engine.metering.keys import Key
 from engine.metering.limits import Admitted, Limits
 from engine.metering.plans import Plan, PlanSpec
-from engine.metering.pricing import list_price, money, period_end_ms, period_name
-from engine.metering.tenants import Tenant
+from engine.metering.pricing import money, period_end_ms
 from engine.metering.wallet import Account
 from engine.routes import ModelRoute
 
-#: Whose requests are recorded where no key is asked for.
-ANONYMOUS = Caller(
-    key=Key(id="anonymous", tenant_id="default", name="anonymous", prefix="", sha256="0" * 64, created_at=0),
-    tenant=Tenant(id="default", name="default", created_at=0),
-    plan=None,
-)
-
-_NO_LIMIT = PlanSpec()
-#: The unit of rows under no plan, which cost nothing.
-_FREE_UNIT = "credits"
-_DAY_MS = 86_400_000
-#: Callers whose standing is kept.
-_MOST_STANDINGS = 100_000
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What a plan means for one caller on one day: worked out once, not for each request."""
-
-    caller: Caller
-    #: From when to when it holds, Unix milliseconds.
-    since: int
-    until: int
-    period: str
-    #: The day's requests, the period's included ones and its budget; None where the plan has none.
-    day: Account | None
-    included: Account | None
-    budget: Account | None
-    unit: str
-    #: Lines of every answer.
-    unit_line: Headers
-
-
-def standing_of(caller: Caller, now_ms: int) -> Standing:
-    """The caller's accounts at a moment."""
-    spec, subject = _spec(caller), caller.subject
-    today, period = period_name("day", now_ms), period_name(spec.period, now_ms)
-    until = period_end_ms(today)
-    budget = None
-    if spec.budget is not None:
-        name = f"{subject}#requests" if spec.budget.of == "requests" else subject
-        budget = Account(name, period, spec.budget.limit, hard=spec.budget.hard)
-    plan = caller.plan
-    return Standing(
-        caller=caller,
-        since=until - _DAY_MS,
-        until=until,
-        period=period,
-        day=None
-        if spec.requests_per_day is None
-        else Account(f"{subject}#day", today, spec.requests_per_day),
-        included=Account(f"{subject}#included", period, spec.included) if spec.included else None,
-        budget=budget,
-        unit=_FREE_UNIT if plan is None else plan.charged_in,
-        unit_line=[] if plan is None else [(b"x-hearth-charge-unit", plan.charged_in.encode())],
-    )
+#: Callers whose terms are kept.
+_MOST_TERMS = 100_000
 
 
 class Meter:
@@ -92,7 +36,7 @@ class Meter:
         self._limits = limits
         self._now_ms = now_ms
         #: By key: dropped as a whole when there are many, so that those of old keys do not stay.
-        self._standings: dict[str, Standing] = {}
+        self._known: dict[str, Terms] = {}
 
     async def admit(
         self,
@@ -120,44 +64,37 @@ class Meter:
                 `budget_unavailable` while nobody can say what is left of a budget.
         """
         now = self._now_ms()
-        standing = self._standing(caller, now)
-        spec, subject = _spec(caller), caller.subject
+        terms = self._terms(caller, now)
+        spec, subject = terms.spec, caller.subject
         admitted = self._within_rate(subject, spec)
         leave = _nothing if spec.concurrent is None else partial(self._limits.leave, subject)
         reserved = False
         taken: list[tuple[Account, int]] = []
         try:
-            self._reserve()
+            self._books.writer.reserve()
             reserved = True
-            price, included = list_price(spec, route.id, route.category), False
+            tariff, included = terms.tariff(route, self._books.worker), False
             if charged and caller.plan is not None:
-                included = await self._take(standing, caller.plan, price, now, taken)
-            price = 0 if included or not charged else price
-        except BaseException:
+                included = await self._take(terms, caller.plan, tariff.price, now, taken)
+            price = 0 if included or not charged else tariff.price
+        except BaseException as error:
             if reserved:
                 self._books.writer.release()
             for account, cost in taken:
                 self._books.wallet.put_back(account, cost)
             leave()
+            if isinstance(error, JournalFullError):
+                raise unavailable() from error
             raise
-        terms = Terms(
-            request_id=request_id,
-            key_id=caller.key.id,
-            tenant_id=caller.tenant.id,
-            plan_id=None if caller.plan is None else caller.plan.id,
-            model=route.id,
-            category=route.category,
-            charge=price,
-            unit=standing.unit,
-            included=included,
-            at=now,
-            period=standing.period,
-        )
         return Ticket(
             books=self._books,
-            terms=terms,
+            form=tariff.form,
+            request_id=request_id,
+            at=now,
+            charge=price,
+            included=included,
             taken=taken,
-            describe=partial(self._lines, standing, now, price, admitted),
+            headers=partial(self._lines, terms, now, price, admitted),
             on_end=leave,
             charged=charged,
             attempt=attempt,
@@ -168,15 +105,16 @@ class Meter:
     def headers(self, caller: Caller, status: int) -> Headers:
         """The lines of an answer that no ticket was drawn for: it cost nothing."""
         now = self._now_ms()
-        rate = self._limits.look(caller.subject, per_minute=_spec(caller).requests_per_minute)
-        return self._lines(self._standing(caller, now), now, 0, rate, False)
+        terms = self._terms(caller, now)
+        rate = self._limits.look(caller.subject, per_minute=terms.spec.requests_per_minute)
+        return self._lines(terms, now, 0, rate, status)
 
-    def _standing(self, caller: Caller, now: int) -> Standing:
-        found = self._standings.get(caller.key.id)
+    def _terms(self, caller: Caller, now: int) -> Terms:
+        found = self._known.get(caller.key.id)
         if found is None or found.caller is not caller or not found.since <= now < found.until:
-            if len(self._standings) >= _MOST_STANDINGS:
-                self._standings.clear()
-            found = self._standings[caller.key.id] = standing_of(caller, now)
+            if len(self._known) >= _MOST_TERMS:
+                self._known.clear()
+            found = self._known[caller.key.id] = terms_of(caller, now)
         return found
 
     def _within_rate(self, subject: str, spec: PlanSpec) -> Admitted | None:
@@ -204,32 +142,40 @@ class Meter:
             found.retry_after_s,
         )
 
-    def _reserve(self) -> None:
-        try:
-            self._books.writer.reserve()
-        except JournalFullError as error:
-            raise unavailable() from error
-
     async def _take(
-        self, standing: Standing, plan: Plan, price: int, now: int, taken: list[tuple[Account, int]]
+        self, terms: Terms, plan: Plan, price: int, now: int, taken: list[tuple[Account, int]]
     ) -> bool:
         """Takes the request's cost of the plan's accounts; whether it is one of those included.
 
         What was taken is in `taken` at once, so that a failure in mid-way gives it back.
         """
-        spec, day, budget = plan.spec, standing.day, standing.budget
-        if day is not None and not await self._had(day, 1, taken):
-            raise limited(
-                f"The plan allows {spec.requests_per_day} requests a day, and they are used. "
-                "The next day begins at 00:00 UTC.",
-                "rate_limit_exceeded",
-                (standing.until - now) / 1000,
-            )
-        included = standing.included is not None and await self._had(standing.included, 1, taken)
+        spec, day, budget = plan.spec, terms.day, terms.budget
+        take = self._books.wallet.take
+        if day is not None:
+            had = take(day, 1)
+            if not (had or (had is None and await self._acquired(day, 1))):
+                raise limited(
+                    f"The plan allows {spec.requests_per_day} requests a day, and they are used. "
+                    "The next day begins at 00:00 UTC.",
+                    "rate_limit_exceeded",
+                    (terms.until - now) / 1000,
+                )
+            taken.append((day, 1))
+        included = False
+        if terms.included is not None:
+            had = take(terms.included, 1)
+            included = had or (had is None and await self._acquired(terms.included, 1))
+            if included:
+                taken.append((terms.included, 1))
         if budget is None or spec.budget is None:
             return included
         cost = 1 if spec.budget.of == "requests" else 0 if included else price
-        if cost and not await self._had(budget, cost, taken) and spec.budget.hard:
+        if not cost:
+            return included
+        had = take(budget, cost)
+        if had or (had is None and await self._acquired(budget, cost)):
+            taken.append((budget, cost))
+        elif spec.budget.hard:
             whole = (
                 f"{spec.budget.limit} requests"
                 if spec.budget.of == "requests"
@@ -243,51 +189,46 @@ class Meter:
             )
         return included
 
-    async def _had(self, account: Account, cost: int, taken: list[tuple[Account, int]]) -> bool:
-        """Whether the account has it; it is then held.
+    async def _acquired(self, account: Account, cost: int) -> bool:
+        """Whether the account has it after all; it is then held.
 
         Raises:
             ApiError: 503 `budget_unavailable`.
         """
-        wallet = self._books.wallet
-        if not wallet.take(account, cost):
-            try:
-                if not await wallet.acquire(account, cost):
-                    return False
-            except DatabaseError as error:
-                if not account.hard:
-                    return False
-                raise ApiError(
-                    503,
-                    "What is left of the plan's limits cannot be read at this moment: the server's database "
-                    "is away. Nothing was charged; try again in a few seconds.",
-                    code="budget_unavailable",
-                    headers={"retry-after": "2", "retry-after-ms": "2000"},
-                ) from error
-        taken.append((account, cost))
-        return True
+        try:
+            return await self._books.wallet.acquire(account, cost)
+        except DatabaseError as error:
+            if not account.hard:
+                return False
+            raise ApiError(
+                503,
+                "What is left of the plan's limits cannot be read at this moment: the server's database "
+                "is away. Nothing was charged; try again in a few seconds.",
+                code="budget_unavailable",
+                headers={"retry-after": "2", "retry-after-ms": "2000"},
+            ) from error
 
-    def _lines(
-        self, standing: Standing, now: int, charge: int, rate: Admitted | None, answered: bool
-    ) -> Headers:
-        """The lines about limits and charge."""
-        lines: Headers = [(b"x-hearth-charge", b"%d" % (charge if answered else 0)), *standing.unit_line]
-        wallet, day = self._books.wallet, standing.day
-        if standing.budget is not None:
-            lines.append((b"x-hearth-budget-remaining", b"%d" % wallet.remaining(standing.budget)))
-        limit = remaining = reset_s = None
-        if rate is not None and rate.limit is not None:
+    def _lines(self, terms: Terms, now: int, charge: int, rate: Admitted | None, status: int) -> Headers:
+        """The lines about limits and charge in the head of an answer with this status."""
+        told = charge if status < 400 else 0
+        lines: Headers = [(b"x-hearth-charge", b"%d" % told), *terms.unit_line]
+        budget, day = terms.budget, terms.day
+        if budget is not None:
+            lines.append((b"x-hearth-budget-remaining", b"%d" % self._books.wallet.remaining(budget)))
+        if rate is not None:
             limit, remaining, reset_s = rate.limit, rate.remaining, rate.reset_s
+        else:
+            limit = remaining = None
         if day is not None:
-            left = max(0, wallet.remaining(day))
+            left = self._books.wallet.remaining(day)
             if remaining is None or left < remaining:
-                limit, remaining, reset_s = day.limit, left, (standing.until - now) / 1000
-        if limit is not None and remaining is not None and reset_s is not None:
-            lines += [
+                limit, remaining, reset_s = day.limit, left, (terms.until - now) / 1000
+        if limit is not None and remaining is not None:
+            lines += (
                 (b"x-ratelimit-limit-requests", b"%d" % limit),
                 (b"x-ratelimit-remaining-requests", b"%d" % remaining),
                 (b"x-ratelimit-reset-requests", duration(reset_s).encode()),
-            ]
+            )
         return lines
 
 
@@ -316,10 +257,6 @@ def duration(seconds: float) -> str:
 
 def _seconds(seconds: float) -> str:
     return f"{max(seconds, 0.001):.3g} s"
-
-
-def _spec(caller: Caller) -> PlanSpec:
-    return _NO_LIMIT if caller.plan is None else caller.plan.spec
 
 
 def _nothing() -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from engine.errors import ApiError
 from engine.gateway.exchange import Exchange
-from engine.gateway.ticket import Headers
+from engine.gateway.terms import Headers
 from engine.metering.database import DatabaseError
 from engine.metering.idempotency import Claimed, Idempotency, InProgress, Mismatch, Recorded
 from engine.metering.idempotency_http import check_idempotency_key, hash_request, refusal
 
 #: The header of a request, lower case.
-HEADER = b"idempotency-key"
+IDEMPOTENCY_KEY = b"idempotency-key"
 #: Of the answer's head these are kept for a retry.
 _KEPT = (b"content-type",)
 
@@ -48,17 +48,14 @@ class Retries:
 
     async def claim(
         self, exchange: Exchange, key_id: str, path: str, body: bytes, request_id: str
-    ) -> Attempt | Recorded | None:
-        """The try that this request is, the kept answer of an earlier one, or None without the header.
+    ) -> Attempt | Recorded:
+        """The try that this request with the header is, or the kept answer of an earlier one.
 
         Raises:
             ApiError: 400 for a key that is none, 409 while the first try is still being answered, 422
                 where the key was used for another request, 503 while the records cannot be read.
         """
-        given = exchange.headers.get(HEADER)
-        if given is None:
-            return None
-        idem_key = check_idempotency_key(given)
+        idem_key = check_idempotency_key(exchange.headers[IDEMPOTENCY_KEY])
         digest = await hash_request(path, exchange.headers.get(b"content-type", b""), body)
         try:
             found = await self._store.claim(key_id, idem_key, digest, request_id)

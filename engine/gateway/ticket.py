@@ -6,21 +6,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from engine.errors import ApiError
+from engine.gateway.terms import Headers
 from engine.gateway.tokens import NONE, Tokens
 from engine.metering.books import Books
 from engine.metering.journal import JournalError
-from engine.metering.rows import LedgerRow
+from engine.metering.rows import Form
 from engine.metering.wallet import Account
 
 log = logging.getLogger("hearth.gateway")
-
-Headers = list[tuple[bytes, bytes]]
 
 
 class Attempt(Protocol):
@@ -33,32 +31,20 @@ class Attempt(Protocol):
         """It was not answered: a retry is a new request."""
 
 
-class Terms(msgspec.Struct, frozen=True, gc=False):
-    """What is written of a request if it is answered."""
-
-    request_id: str
-    key_id: str
-    tenant_id: str
-    plan_id: str | None
-    model: str
-    category: str
-    charge: int
-    unit: str
-    included: bool
-    at: int
-    period: str
-
-
-@dataclass(slots=True)
-class Ticket:
+class Ticket(msgspec.Struct):
     """What `Meter.admit` gives; `settle` or `release` ends it, whichever comes first."""
 
     books: Books
-    terms: Terms
+    #: What goes into the row if it is answered; `at` in Unix milliseconds.
+    form: Form
+    request_id: str
+    at: int
+    charge: int
+    included: bool
     #: What is held of each account until the request ends.
     taken: Sequence[tuple[Account, int]]
-    #: The lines about limits and charge in the answer's head, by whether it is a success.
-    describe: Callable[[bool], Headers]
+    #: The lines about limits and charge in the head of an answer with this status.
+    headers: Callable[[int], Headers]
     on_end: Callable[[], None]
     #: False: an earlier try of the same request was charged already; this one is not recorded again.
     charged: bool = True
@@ -67,10 +53,6 @@ class Ticket:
     bytes_in: int = 0
     began: float = 0.0
     ended: bool = False
-
-    def headers(self, status: int) -> Headers:
-        """The lines of an answer of this status."""
-        return self.describe(status < 400)
 
     async def settle(
         self,
@@ -97,12 +79,12 @@ class Ticket:
         written = False
         try:
             if self.charged:
-                await self.books.writer.record(self._row(how), reserved=True)
+                await self.books.writer.record_encoded(self._row(how), self.charge, reserved=True)
             else:
                 self.books.writer.release()
             written = True
         except (JournalError, ValueError) as error:
-            log.error("%s could not be recorded: %s", self.terms.request_id, error)
+            log.error("%s could not be recorded: %s", self.request_id, error)
             await self._drop()
             raise unavailable() from error
         except asyncio.CancelledError:
@@ -111,11 +93,12 @@ class Ticket:
             await self._complete(status, headers, body)
             raise
         finally:
-            wallet = self.books.wallet
+            end = self.books.wallet.spend if written else self.books.wallet.put_back
             for account, cost in self.taken:
-                (wallet.spend if written else wallet.put_back)(account, cost)
+                end(account, cost)
             self.on_end()
-        await self._complete(status, headers, body)
+        if self.attempt is not None:
+            await self._complete(status, headers, body)
 
     async def release(self) -> None:
         """The request was not answered: nothing is charged. Harmless after `settle`."""
@@ -136,28 +119,17 @@ class Ticket:
         if self.attempt is not None:
             await self.attempt.drop()
 
-    def _row(self, how: str) -> LedgerRow:
-        terms = self.terms
-        return LedgerRow(
-            request_id=terms.request_id,
-            key_id=terms.key_id,
-            tenant_id=terms.tenant_id,
-            plan_id=terms.plan_id,
-            model=terms.model,
-            category=terms.category,
-            charge=terms.charge,
-            included=terms.included,
-            unit=terms.unit,
-            at=terms.at,
-            period=terms.period,
-            worker=self.books.worker,
+    def _row(self, how: str) -> bytes:
+        return self.form.encode(
+            self.request_id,
+            self.charge,
+            self.included,
+            self.at,
+            self.tokens.prompt,
+            self.tokens.completion,
+            bytes_in=self.bytes_in,
+            ms=round((time.perf_counter() - self.began) * 1000),
             status=how,
-            prompt_tokens=self.tokens.prompt,
-            completion_tokens=self.tokens.completion,
-            work={
-                "bytes_in": self.bytes_in,
-                "ms": round((time.perf_counter() - self.began) * 1000),
-            },
         )
 
 

@@ -49,8 +49,11 @@ def tokens_of(body: bytes) -> Tokens:
         return NONE
     if usage is None:
         return NONE
-    prompt = usage.prompt_tokens if usage.prompt_tokens is not None else usage.input_tokens
-    completion = usage.completion_tokens if usage.completion_tokens is not None else usage.output_tokens
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    if prompt is None:
+        prompt = usage.input_tokens
+    if completion is None:
+        completion = usage.output_tokens
     return Tokens(_count(prompt), _count(completion))
 
 

@@ -63,7 +63,7 @@ class UpstreamLostError(Exception):
 class Answer:
     """A replica's answer, its status and headers read, its body still coming."""
 
-    __slots__ = ("_response", "headers", "length", "status")
+    __slots__ = ("_response", "content_type", "headers", "length", "status")
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self._response = response
@@ -71,11 +71,9 @@ class Answer:
         self.headers = [
             (name, value) for key, value in response.raw_headers if (name := key.lower()) not in _OWN_HEADERS
         ]
+        #: As it came; empty where it has none.
+        self.content_type = next((value for name, value in self.headers if name == b"content-type"), b"")
         self.length = response.content_length
-
-    @property
-    def content_type(self) -> bytes:
-        return next((value for name, value in self.headers if name == b"content-type"), b"")
 
     @property
     def is_stream(self) -> bool:

@@ -104,7 +104,7 @@ def settle(budget: Budget, lease: Lease, spent: int) -> tuple[Budget, Lease]:
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class Purse:
     """A worker's side of one lease: admits a request only with its cost in hand.
 
@@ -115,49 +115,64 @@ class Purse:
 
     clock: Callable[[], float]
     until: float = float("-inf")
-    granted: int = 0
+    #: Units that are neither spent nor in the hand of a request; those in hand; and those that are gone.
+    spare: int = 0
     held: int = 0
     spent: int = 0
     #: Units that were asked for and not had since the last grant: how much the next block must hold at least.
     short: int = 0
 
     @property
-    def spare(self) -> int:
-        """Units that are neither spent nor in the hand of a request."""
-        return self.granted - self.held - self.spent
+    def granted(self) -> int:
+        """All units of the lease."""
+        return self.spare + self.held + self.spent
 
     def credit(self, units: int, until: float) -> None:
         """Takes a grant in."""
-        self.granted += units
+        self.spare += units
         self.until = until
         self.short = 0
 
-    def take(self, cost: int) -> bool:
-        """Reserves a request's cost; False: ask the store for more, and refuse the request if it has none."""
+    def take(self, cost: int, now: float | None = None) -> bool:
+        """Reserves a request's cost; False: ask the store for more, and refuse the request if it has none.
+
+        `now`: what the clock says, where the caller has looked at it already.
+        """
         if cost < 0:
             raise ValueError(f"a request cannot cost {cost}.")
-        if self.clock() >= self.until or cost > self.spare:
+        if cost > self.spare or (self.clock() if now is None else now) >= self.until:
             self.short = max(self.short, cost)
             return False
+        self.spare -= cost
         self.held += cost
         return True
 
+    def overdraw(self, cost: int) -> None:
+        """Reserves a cost that is not leased yet: `spare` may go below nothing."""
+        self.spare -= cost
+        self.held += cost
+
     def spend(self, cost: int) -> None:
         """The request was answered: its cost is gone."""
-        self.put_back(cost)
+        if cost > self.held:
+            raise self._not_taken(cost)
+        self.held -= cost
         self.spent += cost
 
     def put_back(self, cost: int) -> None:
         """The request is not charged: its cost can be taken again."""
         if cost > self.held:
-            raise ValueError(f"{cost} units were not taken: only {self.held} are in hand.")
+            raise self._not_taken(cost)
         self.held -= cost
+        self.spare += cost
 
     def release(self) -> int:
         """Empties what is spare, to be given back to the store; the units in hand stay."""
-        units = self.spare
-        self.granted -= units
+        units, self.spare = self.spare, 0
         return units
+
+    def _not_taken(self, cost: int) -> ValueError:
+        return ValueError(f"{cost} units were not taken: only {self.held} are in hand.")
 
 
 def block(limit: int, used: int, workers: int, cost: int) -> int:

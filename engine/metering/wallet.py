@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from engine.metering.budget_rows import Name
 from engine.metering.database import DatabaseAwayError, DatabaseError
@@ -59,24 +59,24 @@ class Account:
     limit: int
     hard: bool = True
 
-    @property
+    @cached_property
     def name(self) -> Name:
         return (self.subject, self.period)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Held:
     """What this worker holds of one budget."""
 
     purse: Purse
-    limit: int
-    hard: bool
+    #: As it was last asked for, with its limit.
+    account: Account
     #: Whether the store was asked before.
     known: bool = False
     #: The budget without this worker's share, as it was last seen.
     others: int = 0
-    #: Size of the last block, to know when a third of it is left.
-    block: int = 0
+    #: With fewer spare units the next block is leased: a third of the last one.
+    low: float = 0.0
     #: With the next trade: whether the spare units go back, and the cost of a request that waits.
     giving: bool = False
     wanted: int = 0
@@ -92,9 +92,12 @@ class _Held:
     used_at: float = 0.0
     looked_at: float = 0.0
 
-    def overdraw(self, cost: int) -> None:
-        """Takes from a soft account what is not leased yet; the next block is for it."""
-        self.purse.held += cost
+    def is_of(self, account: Account) -> bool:
+        """Whether the limit is that of this account, which may be another object."""
+        if self.account.limit != account.limit or self.account.hard != account.hard:
+            return False
+        self.account = account
+        return True
 
 
 class Wallet:
@@ -126,20 +129,32 @@ class Wallet:
         self._trader: asyncio.Task[None] | None = None
         self._failure, self._failed_until = "", float("-inf")
 
-    def take(self, account: Account, cost: int) -> bool:
+    def take(self, account: Account, cost: int) -> bool | None:
         """Takes a request's cost from what this worker holds; then once either `spend` or `put_back`.
 
-        False: ask `acquire`.
+        False: not enough is left anywhere, as of a moment ago. None: ask `acquire`.
         """
-        held = self._held.get((account.subject, account.period))
-        if held is None or held.limit != account.limit or held.hard != account.hard or held.giving:
-            return False
-        if not held.purse.take(cost):
-            if held.hard or not held.known:
-                return False
-            held.overdraw(cost)
+        held = self._held.get(account.name)
+        if held is None or held.giving or (held.account is not account and not held.is_of(account)):
+            return None
+        purse = held.purse
         now = held.used_at = self._clock()
-        if held.purse.spare * 3 < held.block and self._may_refill(held, now):
+        if 0 <= cost <= purse.spare and now < purse.until:
+            # `Purse.take` without the call: this is done up to three times for every request.
+            purse.spare -= cost
+            purse.held += cost
+            if purse.spare < held.low and self._may_refill(held, now):
+                self._order(account.name, held, cost)
+            return True
+        if purse.take(cost, now):
+            return True
+        if held.account.hard:
+            return self._look_again(account.name, held, cost, now)
+        if not held.known:
+            return None
+        # The next block is for it, too.
+        purse.overdraw(cost)
+        if self._may_refill(held, now):
             self._order(account.name, held, cost)
         return True
 
@@ -162,14 +177,14 @@ class Wallet:
             try:
                 await self._traded(account.name, held, cost)
             except DatabaseAwayError:
-                if held.hard:
+                if held.account.hard:
                     raise
                 return self._nothing(held, cost)
             if held.purse.take(cost):
                 return True
             if self._clock() >= held.nothing_until:
                 continue
-            if held.hard and held.elsewhere and 0 < held.purse.spare < cost:
+            if held.account.hard and held.elsewhere and 0 < held.purse.spare < cost:
                 # Too little here, and too little where the others are: together it may be enough for one.
                 held.giving = True
             if gives_up_at is None:
@@ -185,7 +200,10 @@ class Wallet:
         Raises:
             ValueError: it was not taken.
         """
-        self._of(account).purse.spend(cost)
+        held = self._held.get(account.name)
+        if held is None:
+            raise _never_taken(account)
+        held.purse.spend(cost)
 
     def put_back(self, account: Account, cost: int) -> None:
         """The request is not charged: what was taken can be taken again.
@@ -193,7 +211,10 @@ class Wallet:
         Raises:
             ValueError: it was not taken.
         """
-        self._of(account).purse.put_back(cost)
+        held = self._held.get(account.name)
+        if held is None:
+            raise _never_taken(account)
+        held.purse.put_back(cost)
 
     def remaining(self, account: Account) -> int:
         """What is left of the limit as this worker knows it: less than nothing only where it is soft.
@@ -203,8 +224,9 @@ class Wallet:
         held = self._held.get(account.name)
         if held is None:
             return account.limit
-        left = account.limit - held.others - held.purse.spent - held.purse.held
-        return max(0, left) if account.hard else left
+        purse = held.purse
+        left = account.limit - held.others - purse.spent - purse.held
+        return 0 if left < 0 and account.hard else left
 
     async def renew(self) -> None:
         """Says that this worker lives: all that it holds lasts again from now.
@@ -257,6 +279,17 @@ class Wallet:
         while self._trader is not None:
             await asyncio.wait({self._trader})
 
+    def _look_again(self, name: Name, held: _Held, cost: int, now: float) -> bool | None:
+        """False: an account that had nothing is known to have nothing still. None: it must be asked.
+
+        Who comes often does not wait for the next look, which is made meanwhile.
+        """
+        if held.elsewhere != held.vain or now >= held.nothing_until + _NOTHING_S:
+            return None
+        if self._may_refill(held, now):
+            self._order(name, held, cost)
+        return False
+
     def _may_refill(self, held: _Held, now: float) -> bool:
         asked = held.wanted or held.trade is not None
         return not asked and now >= held.nothing_until and now >= self._failed_until
@@ -265,22 +298,16 @@ class Wallet:
         """What is held of an account; a changed limit gives the spare units back before anything is taken."""
         held = self._held.get(account.name)
         if held is None:
-            held = self._held[account.name] = _Held(Purse(self._clock), account.limit, account.hard)
-        if held.limit != account.limit or held.hard != account.hard:
-            held.limit, held.hard, held.giving = account.limit, account.hard, True
+            held = self._held[account.name] = _Held(Purse(self._clock), account)
+        if not held.is_of(account):
+            held.account, held.giving = account, True
             held.nothing_until, held.vain = float("-inf"), 0
         return held
 
-    def _of(self, account: Account) -> _Held:
-        held = self._held.get(account.name)
-        if held is None:
-            raise ValueError(f"nothing was taken of {account.subject} in {account.period}.")
-        return held
-
     def _nothing(self, held: _Held, cost: int) -> bool:
-        if not held.hard:
-            held.overdraw(cost)
-        return not held.hard
+        if not held.account.hard:
+            held.purse.overdraw(cost)
+        return not held.account.hard
 
     def _is_idle(self, name: Name, budget: Budget) -> bool:
         """Whether an account's spare units shall go back, now that its budget was looked at."""
@@ -289,7 +316,7 @@ class Wallet:
             return False
         now = self._clock()
         held.others = budget.used + budget.leased - held.purse.granted
-        room = held.limit - budget.used - budget.leased
+        room = held.account.limit - budget.used - budget.leased
         held.looked_at = now + (_LOOK_AGAIN_S if room > _PLENTY * held.purse.spare else _IDLE_S)
         idle_s = now - held.used_at
         return idle_s > _IDLE_ANYWAY_S or (idle_s > _IDLE_S and room < _SCARCE * held.purse.spare)
@@ -372,16 +399,16 @@ class Wallet:
         asked_at, orders = self._clock(), []
         for (subject, period), held in wanting.items():
             back = max(0, held.purse.spare) if held.giving else 0
-            held.purse.granted -= back
+            held.purse.spare -= back
             cost = held.wanted + max(0, -held.purse.spare) if held.wanted else 0
             orders.append(
                 Order(
                     subject,
                     period,
-                    limit=held.limit if held.hard else _UNBOUNDED,
-                    share_of=held.limit,
+                    limit=held.account.limit if held.account.hard else _UNBOUNDED,
+                    share_of=held.account.limit,
                     back=back,
-                    cost=cost if held.hard else cost * _SOFT_BLOCK,
+                    cost=cost if held.account.hard else cost * _SOFT_BLOCK,
                     workers=self._workers,
                     unspared=held.purse.spent + held.purse.held,
                 )
@@ -397,11 +424,11 @@ class Wallet:
             # A lease that was settled too early, or forgotten here: all of it was spent.
             purse.spent += given.before
         held.known, held.doubt = True, False
-        purse.granted = given.before + given.units
+        purse.spare = given.before + given.units - purse.held - purse.spent
         purse.short = 0
         held.others = given.budget.used + given.budget.leased - purse.granted
         if given.units:
-            held.block, held.vain, held.elsewhere = given.units, 0, 0
+            held.low, held.vain, held.elsewhere = given.units / 3, 0, 0
             held.nothing_until = float("-inf")
         elif order.cost:
             held.elsewhere = given.elsewhere
@@ -411,3 +438,7 @@ class Wallet:
         self._failure = f"What is left of budgets cannot be read: {error}"
         self._failed_until = self._clock() + _FAILED_S
         log.warning("%s", self._failure)
+
+
+def _never_taken(account: Account) -> ValueError:
+    return ValueError(f"nothing was taken of {account.subject} in {account.period}.")

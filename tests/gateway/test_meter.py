@@ -302,19 +302,19 @@ async def test_a_client_that_goes_while_its_row_is_written_can_ask_again(
     given = bearer(token, **{"idempotency-key": "order-4"})
     assert house.gateway.books is not None
     writer, reached = house.gateway.books.writer, asyncio.Event()
-    record = writer.record
+    record = writer.record_encoded
 
-    async def slow(row: Any, *, reserved: bool = False) -> None:
-        await record(row, reserved=reserved)
+    async def slow(data: bytes, charge: int, *, reserved: bool = False) -> None:
+        await record(data, charge, reserved=reserved)
         reached.set()
         await asyncio.sleep(3)
 
-    monkeypatch.setattr(writer, "record", slow)
+    monkeypatch.setattr(writer, "record_encoded", slow)
     asking = asyncio.create_task(house.post(PATH, CHAT, headers=given))
     await reached.wait()
     asking.cancel()
     await asyncio.gather(asking, return_exceptions=True)
-    monkeypatch.setattr(writer, "record", record)
+    monkeypatch.setattr(writer, "record_encoded", record)
     for _ in range(300):
         status, _, headers = await house.post(PATH, CHAT, headers=given)
         if status != 409:

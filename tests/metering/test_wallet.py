@@ -94,6 +94,30 @@ async def test_what_is_put_back_can_be_taken_again(database: Database) -> None:
     await wallet.close()
 
 
+async def test_who_comes_often_does_not_wait_for_an_account_that_has_nothing(database: Database) -> None:
+    clock = Clock()
+    wallet = wallet_of(database, clock=clock)
+    account = Account("key-1", PERIOD, 2)
+    assert [await use(wallet, account) for _ in range(3)] == [True, True, False]
+    asked = store_of(wallet).trades
+    assert [wallet.take(account, 1) for _ in range(100)] == [False] * 100
+    assert store_of(wallet).trades == asked
+    # It is looked again once a second, while nobody waits.
+    clock.now += 1.1
+    assert [wallet.take(account, 1) for _ in range(100)] == [False] * 100
+    assert wallet._trader is not None
+    await wallet._trader
+    assert store_of(wallet).trades == asked + 1
+    assert wallet.take(account, 1) is False
+    # Who comes after a while is told what is so now.
+    clock.now += 2.1
+    assert wallet.take(account, 1) is None
+    # So is whoever has another limit.
+    assert wallet.take(Account("key-1", PERIOD, 3), 1) is None
+    assert await use(wallet, Account("key-1", PERIOD, 3))
+    await wallet.close()
+
+
 async def test_a_busy_account_is_refilled_before_it_is_empty(database: Database) -> None:
     wallet = wallet_of(database)
     account = Account("key-1", PERIOD, 100_000)
