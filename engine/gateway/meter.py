@@ -14,6 +14,7 @@ from engine.errors import ApiError
 from engine.gateway.exchange import Exchange
 from engine.gateway.terms import Headers, Terms, terms_of
 from engine.gateway.ticket import Attempt, Ticket, unavailable
+from engine.metering.accounts import Account
 from engine.metering.books import Books
 from engine.metering.database import DatabaseError
 from engine.metering.journal import JournalFullError
@@ -21,7 +22,6 @@ from engine.metering.keyring import Caller
 from engine.metering.limits import Admitted, Limits
 from engine.metering.plans import Plan, PlanSpec
 from engine.metering.pricing import money, period_end_ms
-from engine.metering.wallet import Account
 from engine.routes import ModelRoute
 
 #: Callers whose terms are kept.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from engine.metering.accounts import Account
 from engine.metering.keyring import Caller
 from engine.metering.keys import Key
 from engine.metering.plans import PlanSpec
 from engine.metering.pricing import list_price, period_end_ms, period_name
 from engine.metering.rows import Form
 from engine.metering.tenants import Tenant
-from engine.metering.wallet import Account
 from engine.routes import ModelRoute
 
 Headers = list[tuple[bytes, bytes]]

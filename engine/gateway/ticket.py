@@ -13,10 +13,10 @@ import msgspec
 from engine.errors import ApiError
 from engine.gateway.terms import Headers
 from engine.gateway.tokens import NONE, Tokens
+from engine.metering.accounts import Account
 from engine.metering.books import Books
 from engine.metering.journal import JournalError
 from engine.metering.rows import Form
-from engine.metering.wallet import Account
 
 log = logging.getLogger("hearth.gateway")
 

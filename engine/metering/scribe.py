@@ -24,7 +24,7 @@ from engine.metering.journal import Journal, JournalError
 log = logging.getLogger("hearth.ledger")
 
 
-class Entry(msgspec.Struct, frozen=True, gc=False):
+class Entry(msgspec.Struct, frozen=True):
     """One row on its way: as the journal keeps it, its charge, and who waits for it."""
 
     data: bytes

@@ -15,9 +15,9 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
+from engine.metering.accounts import Account, Held
 from engine.metering.budget_rows import Name
 from engine.metering.database import DatabaseAwayError, DatabaseError
 from engine.metering.lease_store import Given, LeaseStore, Order
@@ -44,62 +44,6 @@ _ROUND_S, _OVER_MS = 0.5, 2000
 _period_end_ms = lru_cache(64)(period_end_ms)
 
 
-@dataclass(frozen=True)
-class Account:
-    """What is counted for whom, when, and how far.
-
-    subject: the id of a key or tenant: its charges are counted; with "#requests" behind it its requests, with
-    "#included" those that were included, with "#day" those of a day.
-    period: a name of `pricing.period_name`; a day's for "#day". A ledger row counts where its `period` says,
-    for "#day" where its `at` lies.
-    """
-
-    subject: str
-    period: str
-    limit: int
-    hard: bool = True
-
-    @cached_property
-    def name(self) -> Name:
-        return (self.subject, self.period)
-
-
-@dataclass(slots=True)
-class _Held:
-    """What this worker holds of one budget."""
-
-    purse: Purse
-    #: As it was last asked for, with its limit.
-    account: Account
-    #: Whether the store was asked before.
-    known: bool = False
-    #: The budget without this worker's share, as it was last seen.
-    others: int = 0
-    #: With fewer spare units the next block is leased: a third of the last one.
-    low: float = 0.0
-    #: With the next trade: whether the spare units go back, and the cost of a request that waits.
-    giving: bool = False
-    wanted: int = 0
-    #: Tells when the trade that is under way for it has ended.
-    trade: asyncio.Future[None] | None = None
-    #: A trade's answer was lost: the next one tells what this worker holds.
-    doubt: bool = False
-    #: Until when the store is known to have nothing, and what other workers had to spare then.
-    nothing_until: float = float("-inf")
-    elsewhere: int = 0
-    #: What they had to spare when waiting for it was in vain.
-    vain: int = 0
-    used_at: float = 0.0
-    looked_at: float = 0.0
-
-    def is_of(self, account: Account) -> bool:
-        """Whether the limit is that of this account, which may be another object."""
-        if self.account.limit != account.limit or self.account.hard != account.hard:
-            return False
-        self.account = account
-        return True
-
-
 class Wallet:
     """One life's holdings; made and used in one event loop, with `run` in the background."""
 
@@ -122,9 +66,9 @@ class Wallet:
         """
         self._store, self._workers, self._flush = store, workers, flush
         self._clock, self._now_ms = clock, now_ms
-        self._held: dict[Name, _Held] = {}
+        self._held: dict[Name, Held] = {}
         #: Accounts that wait for the next trade, and the future that tells of its end.
-        self._next: dict[Name, _Held] = {}
+        self._next: dict[Name, Held] = {}
         self._next_done: asyncio.Future[None] | None = None
         self._trader: asyncio.Task[None] | None = None
         self._failure, self._failed_until = "", float("-inf")
@@ -279,7 +223,7 @@ class Wallet:
         while self._trader is not None:
             await asyncio.wait({self._trader})
 
-    def _look_again(self, name: Name, held: _Held, cost: int, now: float) -> bool | None:
+    def _look_again(self, name: Name, held: Held, cost: int, now: float) -> bool | None:
         """False: an account that had nothing is known to have nothing still. None: it must be asked.
 
         Who comes often does not wait for the next look, which is made meanwhile.
@@ -290,21 +234,21 @@ class Wallet:
             self._order(name, held, cost)
         return False
 
-    def _may_refill(self, held: _Held, now: float) -> bool:
+    def _may_refill(self, held: Held, now: float) -> bool:
         asked = held.wanted or held.trade is not None
         return not asked and now >= held.nothing_until and now >= self._failed_until
 
-    def _hold(self, account: Account) -> _Held:
+    def _hold(self, account: Account) -> Held:
         """What is held of an account; a changed limit gives the spare units back before anything is taken."""
         held = self._held.get(account.name)
         if held is None:
-            held = self._held[account.name] = _Held(Purse(self._clock), account)
+            held = self._held[account.name] = Held(Purse(self._clock), account)
         if not held.is_of(account):
             held.account, held.giving = account, True
             held.nothing_until, held.vain = float("-inf"), 0
         return held
 
-    def _nothing(self, held: _Held, cost: int) -> bool:
+    def _nothing(self, held: Held, cost: int) -> bool:
         if not held.account.hard:
             held.purse.overdraw(cost)
         return not held.account.hard
@@ -347,7 +291,7 @@ class Wallet:
         held = self._held[name]
         return not held.purse.held and not held.wanted and held.trade is None
 
-    async def _traded(self, name: Name, held: _Held, cost: int) -> None:
+    async def _traded(self, name: Name, held: Held, cost: int) -> None:
         """Waits until the store has answered.
 
         Raises:
@@ -364,7 +308,7 @@ class Wallet:
             raise DatabaseAwayError(f"the ledger's database did not answer within {_PATIENCE_S:g} s.")
         done.result()
 
-    def _order(self, name: Name, held: _Held, cost: int) -> asyncio.Future[None]:
+    def _order(self, name: Name, held: Held, cost: int) -> asyncio.Future[None]:
         """Has an account in the next trade, which begins as soon as the one under way has ended."""
         held.wanted = max(held.wanted, cost)
         self._next[name] = held
@@ -395,7 +339,7 @@ class Wallet:
         finally:
             self._trader = None
 
-    async def _trade(self, wanting: dict[Name, _Held]) -> None:
+    async def _trade(self, wanting: dict[Name, Held]) -> None:
         asked_at, orders = self._clock(), []
         for (subject, period), held in wanting.items():
             back = max(0, held.purse.spare) if held.giving else 0
@@ -418,7 +362,7 @@ class Wallet:
             self._apply(held, order, given)
             held.purse.until = asked_at + self._store.lasts_s
 
-    def _apply(self, held: _Held, order: Order, given: Given) -> None:
+    def _apply(self, held: Held, order: Order, given: Given) -> None:
         purse = held.purse
         if not held.known:
             # A lease that was settled too early, or forgotten here: all of it was spent.

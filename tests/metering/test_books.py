@@ -14,6 +14,7 @@ from sqlalchemy import func, select
 
 from engine.config import Config
 from engine.metering import schema
+from engine.metering.accounts import Account
 from engine.metering.books import Books
 from engine.metering.counters import Tally, read_counters
 from engine.metering.database import Database
@@ -24,7 +25,6 @@ from engine.metering.pricing import period_name
 from engine.metering.recovery import begin_life, sweep_counters
 from engine.metering.rows import MOST_ROW_BYTES, LedgerRow
 from engine.metering.verify import explain, gather
-from engine.metering.wallet import Account
 from tests.metering.test_ledger import Away, count, row, until
 
 NOW = time.time_ns() // 1_000_000

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from engine.metering.accounts import Account
 from engine.metering.database import Database, DatabaseAwayError
 from engine.metering.inserting import write_rows
 from engine.metering.lease_store import Given, LeaseStore, Order, read_budget
 from engine.metering.leases import Budget
 from engine.metering.settlement import settle_worker
-from engine.metering.wallet import Account, Wallet
+from engine.metering.wallet import Wallet
 from tests.metering.test_ledger import Away, row
 
 PERIOD = "2026-11"
