@@ -39,6 +39,7 @@ from benchmarks._http import Load, Responder, drive, request
 from benchmarks._measure import cpu_seconds, machine, write_result
 from engine.config import ROOT, Config, load
 from engine.metering import keys, planstore
+from engine.metering.journal import Journal
 from engine.metering.opening import opened
 from engine.metering.plans import read_spec
 from engine.routes import ModelRoute, Replica, RouteTable
@@ -47,6 +48,8 @@ MODEL = "mock"
 KEY = "hearth-benchmark-key-of-no-use-elsewhere"
 PATH = "/v1/chat/completions"
 _START_S = 30.0
+#: Of the disk's measure: writes, and about the bytes of a ledger row.
+_DISK_WRITES, _ROW_BYTES = 500, 350
 
 #: Where to send requests, and the process whose processor time counts.
 Target = tuple[Path | tuple[str, int], int]
@@ -242,6 +245,17 @@ def measure(case: Case, targets: dict[str, Target], runs: int) -> dict[str, dict
     return found
 
 
+def disk_ms(folder: Path) -> float:
+    """What the disk takes at least to make one row durable: rows one after another, without a pause."""
+    spent = []
+    with Journal(folder / "disk.journal", most_bytes=1 << 20) as journal:
+        for _ in range(_DISK_WRITES):
+            began = time.perf_counter()
+            journal.append([bytes(_ROW_BYTES)])
+            spent.append(time.perf_counter() - began)
+    return round(1000 * statistics.median(spent), 3)
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """The result for a person."""
     table = Table(title=f"The gateway's hop (median of {result['runs']} runs)")
@@ -269,6 +283,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             f"{name}: metering leaves {paired['share']:.2f} of the requests per second and adds "
             f"{paired['added_ms']:.2f} ms to the p50 (medians over pairs of runs)."
         )
+    console.print(f"The disk alone takes at least {result['disk_ms']:.2f} ms to make one row durable.")
 
 
 def main() -> int:
@@ -297,7 +312,14 @@ def main() -> int:
                 "metered": (metered, metered_pid),
             }
             measured = {case.name: measure(case, targets, given.runs) for case in cases(given.seconds)}
-    result = {"machine": before, "runs": given.runs, "seconds": given.seconds, "cases": measured}
+        disk = disk_ms(folder)
+    result = {
+        "machine": before,
+        "runs": given.runs,
+        "seconds": given.seconds,
+        "cases": measured,
+        "disk_ms": disk,
+    }
     show(result, console)
     console.print(f"Written to {write_result('gateway', result)}.")
     return 0

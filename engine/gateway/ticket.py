@@ -77,13 +77,18 @@ class Ticket(msgspec.Struct):
             return
         self.ended = True
         written = False
+        row: bytes | None = None
         try:
             if self.charged:
-                await self.books.writer.record_encoded(self._row(how), self.charge, reserved=True)
+                row = self._row(how)
+                await self.books.writer.record_encoded(row, self.charge, reserved=True)
             else:
                 self.books.writer.release()
             written = True
         except (JournalError, ValueError) as error:
+            if row is None:
+                # It cannot be written down, so nobody has given back its room in the journal.
+                self.books.writer.release()
             log.error("%s could not be recorded: %s", self.request_id, error)
             await self._drop()
             raise unavailable() from error

@@ -75,8 +75,9 @@ class SharedCounts:
         self.file, self.rows, self.seats = file, rows, seats
         self._columns_at = _PAGE + rows * _ROW
         #: Whether nobody else was at the table when it had been opened `_opens` times.
-        #: Whether the flock is had, which `_open` takes.
-        self._alone, self._opens, self._flocked = False, 0, True
+        self._alone, self._opens = False, 0
+        #: Whether this worker has the flock, which `_open` takes.
+        self._flocked = True
         try:
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._handle = self._open()

@@ -13,6 +13,7 @@ from sqlalchemy import select
 from engine.metering import keys, planstore, schema, tenants
 from engine.metering.journal import JournalFullError
 from engine.metering.plans import PlanSpec, read_spec
+from engine.metering.rows import Form
 from tests.gateway.dummy import DummyRunner, House, chunk, open_house, route, until
 
 CHAT = {"model": "dummy", "messages": [{"role": "user", "content": "hi"}]}
@@ -322,6 +323,25 @@ async def test_a_client_that_goes_while_its_row_is_written_can_ask_again(
         await asyncio.sleep(0.01)
     assert (status, headers["x-hearth-charge"]) == (200, "0")
     assert len(runner.seen) == 1
+    assert len(await rows(house)) == 1
+
+
+async def test_a_row_that_cannot_be_written_down_keeps_no_room_in_the_journal(
+    house: House, runner: DummyRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = await key_under(house, {"price": 4, "budget": {"limit": 4}, "concurrent": 1})
+    assert house.gateway.books is not None
+
+    def fail(*_: Any, **__: Any) -> bytes:
+        raise ValueError("this is no row")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Form, "encode", fail)
+        for _ in range(2):
+            status, answer, _ = await house.post(PATH, CHAT, headers=bearer(token))
+            assert (status, answer["error"]["code"]) == (503, "ledger_unavailable")
+    assert house.gateway.books.writer._reserved == 0
+    assert (await house.post(PATH, CHAT, headers=bearer(token)))[0] == 200
     assert len(await rows(house)) == 1
 
 

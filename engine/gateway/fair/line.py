@@ -179,7 +179,7 @@ class Line:
     def withdraw(self, entry: Entry) -> None:
         """It waits no longer."""
         flow = entry.flow
-        assert flow is not None and entry.state == "waiting"
+        assert entry.state == "waiting"
         flow.waiting.remove(entry)
         self._forget(entry, flow)
         entry.state = "out"
